@@ -1,0 +1,1 @@
+"""What both stages stand on. Imports neither of them."""

@@ -1,0 +1,121 @@
+"""The contract between the stages, and `Pixels`, the autoencoder that does nothing.
+
+Stage 2 knows of stage 1 what is written here and no more: two shapes, `encode` and `decode`. Scale, padding, the
+quantiser and the pixel noise are the autoencoder's own business, so no caller can forget one of them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import UserError
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class PixelTransform:
+    """The one map between a data set's own units and the network's range: [low, high] <-> [-1, 1], linearly."""
+
+    low: float
+    high: float
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images - self.low) * (2.0 / (self.high - self.low)) - 1.0
+
+    def inverse(self, scaled: Tensor) -> Tensor:
+        return (scaled + 1.0) * ((self.high - self.low) / 2.0) + self.low
+
+
+class Autoencoder(nn.Module):
+    """Images <-> standardised latents.
+
+    images   (N, C, H, W)  float32, in the data set's own units
+    latents  (N, c, h, w)  float32, zero mean and unit variance per channel over the training set
+
+    A subclass gives `to_raw` and `from_raw` between the network's range and unstandardised latents and, where its
+    decoder gives clean images of noisy data, `observe`.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, image_shape: Shape, latent_shape: Shape, value_range: tuple[float, float]) -> None:
+        super().__init__()
+        self.image_shape = tuple(image_shape)
+        self.latent_shape = tuple(latent_shape)
+        self.transform = PixelTransform(*value_range)
+        # nan until `fit_latents`: an autoencoder without its statistics must not pass for one that has them.
+        self.register_buffer("latent_mean", torch.full((latent_shape[0], 1, 1), torch.nan))
+        self.register_buffer("latent_std", torch.full((latent_shape[0], 1, 1), torch.nan))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images (N, C, H, W) -> latents (N, c, h, w), standardised."""
+        return (self.to_raw(self.transform(images)).float() - self.latent_mean) / self.latent_std
+
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        observed: bool = True,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """latents (N, c, h, w) -> images (N, C, H, W).
+
+        observed   with pixel noise, as a telescope would deliver them; False: the clean light
+        generator  of the pixel noise; a sequence holds one for each image
+        """
+        raw = latents * self.latent_std + self.latent_mean
+        clean = self.transform.inverse(self.from_raw(raw).float())
+        return self.observe(clean, generator) if observed else clean
+
+    @torch.no_grad()
+    def fit_latents(self, batches: Iterable[Tensor]) -> None:
+        """Measure mean and standard deviation of the raw latents per channel over `batches` of images, in float64."""
+        count, total, squares = 0, 0.0, 0.0
+        for images in batches:
+            raw = self.to_raw(self.transform(images)).double()
+            count += raw.numel() // raw.shape[1]
+            total = total + raw.sum((0, 2, 3))
+            squares = squares + raw.square().sum((0, 2, 3))
+        if count == 0:
+            raise ValueError("fit_latents needs at least one batch")
+        mean = torch.as_tensor(total / count)
+        std = (torch.as_tensor(squares / count) - mean.square()).clamp_min(0).sqrt()
+        self.latent_mean.copy_(mean[:, None, None])
+        # A channel the encoder leaves constant carries nothing; unit scale keeps it finite.
+        self.latent_std.copy_(torch.where(std > 1e-6, std, 1.0)[:, None, None])
+
+    def require_latents(self) -> "Autoencoder":
+        """Return self, or say that the latent statistics were never fitted."""
+        if not bool(torch.isfinite(self.latent_mean).all() and torch.isfinite(self.latent_std).all()):
+            raise UserError("the autoencoder has no latent statistics: its training did not finish; run stage 1 again")
+        return self
+
+    def to_raw(self, scaled: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def from_raw(self, raw: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def observe(self, clean: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+        """Clean images -> images as the data show them. Here: unchanged."""
+        return clean
+
+
+class Pixels(Autoencoder):
+    """The identity, which turns stage 2 into diffusion on pixels: the literature's baselines without a second code path.
+
+    Its statistics make the pixels zero-mean and of unit variance; its decoder clips to the data's range once, at the end.
+    """
+
+    def __init__(self, image_shape: Shape, value_range: tuple[float, float]) -> None:
+        super().__init__(image_shape, image_shape, value_range)
+
+    def to_raw(self, scaled: Tensor) -> Tensor:
+        return scaled
+
+    def from_raw(self, raw: Tensor) -> Tensor:
+        return raw.clamp(-1.0, 1.0)

@@ -1,0 +1,167 @@
+"""Published models: a folder of config.json + model.safetensors + README.md that rebuilds itself from one path.
+
+Nothing in it is ever executed: the config names parts by the registry's short names, the weights are tensors.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shared.autoencoder import Autoencoder, Pixels
+from shared.errors import UserError
+from shared.registry import build
+
+FORMAT = 1
+KINDS = {"autoencoder": "stage 1", "diffusion": "stage 2"}
+
+
+def publish(folder: Path, kind: str, config: dict[str, Any], state: dict[str, Tensor], card: str) -> None:
+    """Write the model folder, whole or not at all.
+
+    config   all that rebuilds the model, in JSON's types; format, kind, versions and the weights' hash are added
+    state    tensors by name
+    card     the text of README.md
+    """
+    temporary, old = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old"))
+    try:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        weights = temporary / "model.safetensors"
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, weights, metadata={"format": "pt"})
+        full = {"format": FORMAT, "kind": kind, **config, "versions": versions(), "sha256": sha256(weights)}
+        (temporary / "config.json").write_text(json.dumps(full, indent=1) + "\n")
+        (temporary / "README.md").write_text(card)
+        for file in temporary.iterdir():
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot write the model {folder}: {error.strerror or error}; the same command tries again"
+        ) from error
+
+
+def find_model(path: str | Path) -> Path:
+    """A run's folder or a model's folder -> the model's folder."""
+    path = Path(path)
+    if not path.exists():
+        parent = path.parent if path.parent.is_dir() else Path("checkpoints")
+        known = (
+            sorted(p.parent.relative_to(parent).as_posix() for p in parent.glob("*/model")) if parent.is_dir() else []
+        )
+        raise UserError(
+            f"no model at {path}: there is no such folder" + (f"; in {parent}: {', '.join(known)}" if known else "")
+        )
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    if (path / "last.ckpt").exists():
+        raise UserError(
+            f"{path} is a run that is not finished: run its training command again, it goes on where it stopped"
+        )
+    raise UserError(f"{path} holds no model: expected config.json and model.safetensors, or a run's folder with model/")
+
+
+def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """The config.json of a model, checked for format and kind."""
+    folder = find_model(path)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        found, form = config["kind"], config["format"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{folder / 'config.json'} is damaged: train or download the model again") from error
+    if form != FORMAT:
+        raise UserError(f"{folder} has format {form}; this version of lens-ldm reads format {FORMAT}")
+    if kind is not None and found != kind:
+        raise UserError(f"{folder} is a model of {KINDS.get(found, found)}; here one of {KINDS[kind]} is needed")
+    return config
+
+
+def load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of a published model. Truncated or altered weights are refused."""
+    folder, config = find_model(path), read_config(path, kind)
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{folder} has no model.safetensors: train or download the model again")
+    if sha256(weights) != config.get("sha256"):
+        raise UserError(
+            f"{weights} is truncated or altered (its hash is not config.json's): train or download it again"
+        )
+    try:
+        with safe_open(weights, framework="pt", device="cpu") as file:
+            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise UserError(f"{weights} is no safetensors file: {error}") from error
+
+
+def autoencoder_config(autoencoder: Autoencoder, spec: dict[str, Any]) -> dict[str, Any]:
+    """What `build_autoencoder` needs: the spec of the config, and the shapes and units the data gave it."""
+    t = autoencoder.transform
+    return {"spec": spec, "image_shape": list(autoencoder.image_shape), "value_range": [t.low, t.high]}
+
+
+def build_autoencoder(config: dict[str, Any], state: dict[str, Tensor]) -> Autoencoder:
+    """Rebuild an autoencoder, frozen and in eval mode, from `autoencoder_config` and its tensors."""
+    shape, value_range = tuple(config["image_shape"]), tuple(config["value_range"])
+    model = build("autoencoder", config["spec"], image_shape=shape, value_range=value_range)
+    fill(model, state, "autoencoder")
+    return model.require_latents().requires_grad_(False).eval()
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"the weights of the {what} do not fit its config: {str(error).splitlines()[1].strip()}"
+        ) from error
+
+
+def load_autoencoder(
+    path: str, image_shape: tuple[int, int, int], value_range: tuple[float, float]
+) -> tuple[Autoencoder, dict]:
+    """What stage 2 stands on: a model of stage 1, or `pixels`. Returns it with its `autoencoder_config`.
+
+    image_shape, value_range   of the data that it will meet; a model made for others is refused
+    """
+    if path == "pixels":
+        model: Autoencoder = Pixels(image_shape, value_range)
+        return model, autoencoder_config(model, {"name": "pixels"})
+    config, state = load(path, "autoencoder")
+    model = build_autoencoder(config["autoencoder"], state)
+    if model.image_shape != tuple(image_shape):
+        raise UserError(
+            f"{path} was trained on images of shape {model.image_shape}, the data have {tuple(image_shape)}"
+        )
+    low, high = model.transform.low, model.transform.high
+    if abs(low - value_range[0]) + abs(high - value_range[1]) > 0.2 * (high - low):
+        raise UserError(f"{path} was trained on values in [{low:g}, {high:g}], the data have {list(value_range)}")
+    return model, config["autoencoder"]
+
+
+def fingerprint(path: str | Path) -> str:
+    """The hash of a published model's weights; for `pixels` the word itself."""
+    return "pixels" if str(path) == "pixels" else str(read_config(path)["sha256"])
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    return {"lens-ldm": version("lens-ldm"), "torch": str(torch.__version__)}

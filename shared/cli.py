@@ -1,0 +1,53 @@
+"""`lens-ldm COMMAND`: a table of commands, each importing its script only when called."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from shared.errors import UserError
+
+COMMANDS = {
+    "quickstart": ("shared.quickstart:main", "nothing -> simulated data, both stages, samples, scores, report.html"),
+    "prepare": ("shared.readers:main", "a folder or zip of images -> data/NAME"),
+    "simulate": ("shared.simulate:main", "simulated lenses -> data/NAME"),
+    "train-vqvae": ("stage1_vqvae.train:main", "stage 1; also: python stage1_vqvae/train.py"),
+    "train-diffusion": ("stage2_diffusion.train:main", "stage 2; also: python stage2_diffusion/train.py"),
+    "sample": ("stage2_diffusion.sample:main", "lenses from a trained model; also: python stage2_diffusion/sample.py"),
+    "evaluate": (
+        "stage2_diffusion.evaluate:main",
+        "scores with their floors; also: python stage2_diffusion/evaluate.py",
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: lens-ldm COMMAND [--help] ...\n")
+        print("\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()))
+        return
+    run(command, rest)
+
+
+def run(command: str, arguments: list[str]) -> None:
+    if command not in COMMANDS:
+        _fail(f"no command {command!r}; there are {', '.join(COMMANDS)}")
+    module, _, attribute = COMMANDS[command][0].partition(":")
+    guard(lambda: getattr(import_module(module), attribute)(arguments))
+
+
+def guard(script: Callable[[], object]) -> None:
+    """Call a script; a user's mistake ends in one line on stderr and exit code 2, Ctrl-C in one line and 130."""
+    try:
+        script()
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped; what is finished is kept, and the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> None:
+    print(f"lens-ldm: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,406 @@
+"""One data set on disk, written once and read by everything.
+
+data/<name>/images.npy   (N, C, H, W) float32, a plain .npy file, memory-mapped; in the data set's own units
+data/<name>/index.json   source, range, statistics, classes, labels, parameters, files, hashes, split
+
+`CacheWriter` writes such a folder chunk by chunk and goes on where it was interrupted; `LensImages` reads it;
+`StepSampler` says which images the batch of a step holds. `lens-ldm prepare` (shared/readers.py) and
+`lens-ldm simulate` (shared/simulate.py) are the two ways to make one.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from shared.errors import UserError
+from shared.files import write_atomically
+
+FORMAT = 1
+SPLIT = {"train": 0.75, "validation": 0.05, "test": 0.20}
+IMAGES, INDEX = "images.npy", "index.json"
+# An unfinished cache carries these two names instead, so that it cannot be taken for a finished one.
+PARTIAL, PROGRESS = "images.npy.partial", "progress.json"
+MEDIAN_PIXELS = 1 << 20
+AGAIN = "delete the folder and prepare it again"
+
+
+class CacheWriter:
+    """Write a cache in chunks; after a kill at any moment the same request goes on with the chunks that are missing.
+
+    folder       data/<name>; new, empty, or holding a cache of the same request
+    count        number of images
+    image_shape  (C, H, W)
+    source       JSON-able, identifies the request: kind, every number, seed
+    chunk        images a write; an interrupted cache keeps the chunk it began with
+
+    Raises UserError if the folder holds anything else, cannot be written, or the disk is too small.
+    """
+
+    complete: bool
+
+    def __init__(self, folder: Path, count: int, image_shape: tuple[int, int, int], source: dict, chunk: int = 256):
+        if count < 1:
+            raise UserError(f"a data set of {count} images cannot be written to {folder}: ask for at least 1")
+        self.folder, self.count, self.image_shape, self.chunk = Path(folder), count, tuple(image_shape), chunk
+        request = {"count": count, "image_shape": self.image_shape, "source": source}
+        self._request = json.loads(json.dumps(request))  # tuples become lists, as they will when read back
+        self._header = _npy_header_bytes((count, *self.image_shape))
+        self._done: set[int] = set()
+        self.complete = False
+        with self._disk_errors():
+            self._open()
+
+    def pending(self) -> list[range]:
+        """The chunks not yet written, as ranges of image indices."""
+        if self.complete:
+            return []
+        return [self._range(i) for i in range(0, self.count, self.chunk) if i not in self._done]
+
+    def write(self, indices: range, images: np.ndarray) -> None:
+        """Store one pending chunk; when this returns, the chunk survives a kill and a power cut.
+
+        images  (len(indices), C, H, W), finite
+        """
+        if self.complete or indices.start in self._done or indices != self._range(indices.start):
+            raise ValueError(f"{indices} is not a pending chunk of {self.folder}")
+        if images.shape != (len(indices), *self.image_shape):
+            raise ValueError(f"chunk {indices} has shape {images.shape}, not {(len(indices), *self.image_shape)}")
+        images = np.ascontiguousarray(images, dtype="<f4")
+        if not np.isfinite(images).all():
+            raise ValueError(f"chunk {indices} holds NaN or infinity")
+        # Ordinary writes and not a memory map: a full disk is then an OSError, where a map would die of SIGBUS.
+        with self._disk_errors(), open(self.folder / PARTIAL, "r+b") as file:
+            file.write(self._header)
+            file.seek(self._offset(indices.start))
+            file.write(images.data)
+            file.flush()
+            os.fsync(file.fileno())
+            self._save_progress({*self._done, indices.start})
+        self._done.add(indices.start)
+
+    def finish(
+        self,
+        *,
+        value_range: tuple[float, float] | None = None,
+        parameters: dict[str, dict] | None = None,
+        classes: list[str] | None = None,
+        labels: Sequence[int] | np.ndarray | None = None,
+        files: list[str] | None = None,
+    ) -> None:
+        """Measure the images and write index.json, which makes the cache complete; on a complete one, do nothing.
+
+        value_range  the range of the units; None: (0, 1) if no value leaves it, otherwise the observed (min, max)
+        parameters   {"theta_E": {"unit": "arcsec", "values": N numbers}, ...}; NaN, stored as null: has no such value
+        labels       N indices into `classes`
+        files        N names
+        """
+        if self.complete:
+            return
+        if missing := self.pending():
+            raise ValueError(f"{self.folder} still lacks {len(missing)} chunks, the first {missing[0]}")
+        columns: dict[str, Any] = {"classes": classes, "files": files}
+        columns["labels"] = None if labels is None else np.asarray(labels).tolist()
+        columns = {key: column for key, column in columns.items() if column is not None}
+        lengths = {key: len(column) for key, column in columns.items() if key != "classes"}
+        if parameters is not None:
+            columns["parameters"] = {k: {**v, "values": _numbers(v["values"])} for k, v in parameters.items()}
+            lengths |= {k: len(v["values"]) for k, v in columns["parameters"].items()}
+        for key, length in lengths.items():
+            if length != self.count:
+                raise ValueError(f"{key}: {length} values for {self.count} images")
+        with self._disk_errors():
+            statistics, hashes = _survey(np.lib.format.open_memmap(self.folder / PARTIAL, mode="r"))
+            if value_range is None:
+                low, high = statistics["min"], statistics["max"]
+                value_range = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+            os.replace(self.folder / PARTIAL, self.folder / IMAGES)
+            index = {"format": FORMAT, "name": self.folder.resolve().name, **self._request, "range": list(value_range)}
+            index |= {"statistics": statistics, **columns, "hashes": hashes, "split": {"fractions": SPLIT}}
+            _write_json(self.folder / INDEX, index)
+            (self.folder / PROGRESS).unlink()
+        self.complete = True
+
+    def discard(self) -> None:
+        """Remove an unfinished cache, for a request that turned out to be impossible."""
+        for name in (PARTIAL, PROGRESS):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder stays if anything else is in it
+            self.folder.rmdir()
+
+    def _open(self) -> None:
+        folder = self.folder
+        if (folder / INDEX).exists():
+            self._compare(LensImages(folder).index)
+            self.complete = True
+            with contextlib.suppress(OSError):  # left by a kill at the very last step
+                (folder / PROGRESS).unlink()
+        elif (folder / PROGRESS).exists():
+            progress = _read_json(folder / PROGRESS, ("count", "image_shape", "source", "chunk", "done"))
+            self._compare(progress)
+            self.chunk = progress["chunk"]
+            if (folder / IMAGES).exists():  # killed between the last two steps of `finish`
+                os.replace(folder / IMAGES, folder / PARTIAL)
+            (folder / PARTIAL).touch()
+            size = (folder / PARTIAL).stat().st_size
+            self._done = {i for i in progress["done"] if self._offset(self._range(i).stop) <= size}
+            self._check_space()
+        else:
+            if folder.is_dir() and (names := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))):
+                some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                raise UserError(f"{folder} holds other files ({some}): choose another --out or delete it")
+            folder.mkdir(parents=True, exist_ok=True)
+            self._check_space()
+            self._save_progress(set())
+            (folder / PARTIAL).touch()
+
+    def _compare(self, found: dict) -> None:
+        there, here = _flat({key: found[key] for key in self._request}), _flat(self._request)
+        keys = [key for key in here | there if here.get(key) != there.get(key)]
+        differences = [f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys]
+        if differences:
+            some = ", ".join(differences[:4]) + (", ..." if len(differences) > 4 else "")
+            raise UserError(f"{self.folder} holds another data set ({some}): choose another --out or delete it")
+
+    def _check_space(self) -> None:
+        needed = sum(map(len, self.pending())) * math.prod(self.image_shape) * 4
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(
+                f"{self.folder} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: "
+                "free some, ask for fewer images or choose another --out"
+            )
+
+    def _save_progress(self, done: set[int]) -> None:
+        _write_json(self.folder / PROGRESS, {**self._request, "chunk": self.chunk, "done": sorted(done)})
+
+    def _range(self, start: int) -> range:
+        return range(start, min(start + self.chunk, self.count))
+
+    def _offset(self, i: int) -> int:
+        return len(self._header) + i * math.prod(self.image_shape) * 4
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.folder}: {error.strerror or error}; what is finished is kept: "
+                "put that right and run the same command again, or choose another --out"
+            ) from error
+
+
+class LensImages:
+    """A finished cache, open for reading; cheap to open, to fork and to pickle, whatever its size.
+
+    images       (N, C, H, W) float32, a read-only memory map
+    index        what index.json holds
+    image_shape  (C, H, W)
+    value_range  (low, high) of the data set's units
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.index = _read_index(self.path)
+        self.name: str = self.index["name"]
+        channels, height, width = self.index["image_shape"]
+        self.image_shape: tuple[int, int, int] = (channels, height, width)
+        low, high = self.index["range"]
+        self.value_range: tuple[float, float] = (low, high)
+        # Of the pixels and their order: what a run and its continuation must have in common.
+        self.fingerprint = hashlib.sha256("".join(self.index["hashes"]).encode()).hexdigest()[:16]
+        self.images = _open_images(self.path / IMAGES, (self.index["count"], *self.image_shape))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __reduce__(self) -> tuple:
+        return LensImages, (self.path,)  # a pickled memory map would carry the whole array to each worker
+
+    def split(self, name: str) -> np.ndarray:
+        """The sorted indices of the images in "train", "validation" or "test".
+
+        An image's place follows from the hash of its content alone: duplicates share a split, and it stays when
+        other images come or go. A set of a few images may leave a split empty.
+        """
+        fractions = self.index["split"]["fractions"]
+        if name not in fractions:
+            raise UserError(f"{self.path} has no split {name!r}: choose one of {', '.join(fractions)}")
+        u = np.frombuffer(bytes.fromhex("".join(self.index["hashes"])), dtype=">u8") / 2.0**64
+        bounds = np.cumsum(list(fractions.values()))[:-1]
+        return np.flatnonzero(np.searchsorted(bounds, u, side="right") == list(fractions).index(name))
+
+    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """A copy of these images, (len(indices), C, H, W) float32."""
+        return torch.from_numpy(np.array(self.images[np.asarray(indices, dtype=np.int64)]))
+
+
+class StepSampler(Sampler[list[int]]):
+    """A batch sampler whose batch at step k depends on (seed, k, rank, world) alone: resuming repeats nothing.
+
+    The images form an endless stream of permutations, one an epoch; step k takes the k-th run of batch_size * world
+    of them, across the ends of epochs, and rank r the r-th part of that. Iterates over start_step ... max_steps - 1.
+
+    Raises UserError if there are fewer images than a batch.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        *,
+        max_steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if count < batch_size * world:
+            ranks = f" on each of {world} processes" if world > 1 else ""
+            raise UserError(f"fewer images than a batch: {count} images, {batch_size} a batch{ranks}; lower batch_size")
+        self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
+        self.start_step, self.max_steps = start_step, max_steps
+
+    def batch(self, step: int) -> np.ndarray:
+        """The (batch_size,) image indices of this rank at this step."""
+        places = np.arange(self.batch_size) + (step * self.world + self.rank) * self.batch_size
+        epochs, places = np.divmod(places, self.count)
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            indices[epochs == epoch] = _permutation(self.count, self.seed, int(epoch))[places[epochs == epoch]]
+        return indices
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start_step, self.max_steps):
+            yield self.batch(step).tolist()
+
+    def __len__(self) -> int:
+        return max(self.max_steps - self.start_step, 0)
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    # Sorted raw bits and not Generator.permutation: numpy keeps only the raw streams the same from version to version.
+    bits = np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64)).random_raw(count)
+    return np.argsort(bits, kind="stable")
+
+
+def read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Read the header of an .npy file: shape, whether in Fortran order, dtype, and the offset of the data.
+
+    Raises ValueError on anything else; loads no data, runs no pickle.
+    """
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(stream)
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header as Python: a hostile one raises anything up to MemoryError
+        raise ValueError("is not an .npy array") from error
+    return shape, fortran, dtype, stream.tell()
+
+
+def _npy_header_bytes(shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def _survey(images: np.ndarray) -> tuple[dict[str, Any], list[str]]:
+    """Statistics over all pixels and a content hash of each image, a few megabytes at a time."""
+    size, hashes = math.prod(images.shape[1:]), []
+    rows, per_image = max(1, (1 << 18) // size), min(size, -(-MEDIAN_PIXELS // len(images)))
+    sample, rng = np.empty((len(images), per_image), np.float32), np.random.default_rng(0)
+    pixels, mean, squares, low, high, constant = 0, 0.0, 0.0, math.inf, -math.inf, 0
+    for start in range(0, len(images), rows):
+        part = np.asarray(images[start : start + rows]).reshape(-1, size)
+        hashes += [hashlib.sha256(image.data).hexdigest()[:16] for image in part]
+        chosen = np.arange(size) if per_image == size else rng.integers(size, size=per_image)
+        sample[start : start + rows] = part[:, chosen]
+        lows, highs = part.min(1), part.max(1)
+        low, high, constant = min(low, lows.min()), max(high, highs.max()), constant + int((lows == highs).sum())
+        # Chan, Golub & LeVeque 1983, Eq. 2.1: the moments of the whole from those of its parts, without cancellation.
+        part_mean, total = float(part.mean(dtype=np.float64)), pixels + part.size
+        squares += float(np.square(part.astype(np.float64) - part_mean).sum())
+        squares += (part_mean - mean) ** 2 * pixels * part.size / total
+        mean, pixels = mean + (part_mean - mean) * part.size / total, total
+    return {
+        "mean": mean,
+        "std": math.sqrt(squares / pixels),
+        "min": float(low),
+        "max": float(high),
+        "median": float(np.median(sample, overwrite_input=True)),
+        "median_is": "exact" if per_image == size else f"of {per_image} random pixels of each image",
+        "constant_images": constant,
+    }, hashes
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path, make = folder / INDEX, f"run `lens-ldm prepare FOLDER --out {folder}` or `lens-ldm simulate --out {folder}`"
+    if not folder.exists():
+        raise UserError(f"no data set at {folder}: {make}")
+    if not path.exists() and (folder / PROGRESS).exists():
+        raise UserError(f"the data set at {folder} is unfinished: run the command that began it again, and it goes on")
+    if not path.exists():
+        raise UserError(f"{folder} is not a prepared data set (it has no {INDEX}): {make}")
+    if (version := _read_json(path, ("format",))["format"]) != FORMAT:
+        raise UserError(f"{path} has format {version!r}, this version reads {FORMAT}: prepare it again")
+    index = _read_json(path, ("name", "count", "image_shape", "source", "range", "hashes", "split"))
+    if len(index["hashes"]) != index["count"]:
+        raise UserError(f"{path} has {len(index['hashes'])} hashes for {index['count']} images: {AGAIN}")
+    return index
+
+
+def _open_images(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            found, fortran, dtype, offset = read_npy_header(file)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path} cannot be read ({reason}): {AGAIN}") from error
+    if found != shape or dtype != "<f4" or fortran:
+        raise UserError(f"{path} holds {dtype} {found}, its index says float32 {shape}: {AGAIN}")
+    size, expected = path.stat().st_size, offset + math.prod(shape) * 4
+    if size < expected:
+        raise UserError(f"{path} is truncated ({size} of {expected} bytes): {AGAIN}")
+    return np.lib.format.open_memmap(path, mode="r")
+
+
+def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in keys if key not in content]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {AGAIN}") from error
+    if missing or not isinstance(content, dict):
+        raise UserError(f"{path} lacks {', '.join(missing) or 'its keys'}: {AGAIN}")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, allow_nan=False).encode())
+
+
+def _numbers(values: Sequence[float] | np.ndarray) -> list[float | None]:
+    return [v if math.isfinite(v) else None for v in np.asarray(values).tolist()]
+
+
+def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

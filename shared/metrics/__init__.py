@@ -1,0 +1,45 @@
+"""Metrics: arrays in, numbers out. Nothing here imports a model of ours."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.errors import UserError
+
+Images = Tensor | np.ndarray | Iterable[Tensor | np.ndarray]
+
+
+def batches(images: Images, batch_size: int) -> Iterator[Tensor]:
+    """Yield `images` as float32 tensors (n, C, H, W) with n <= batch_size.
+
+    images  (N, C, H, W), tensor, array or memory map; or an iterable of such batches, of any length.
+    Raises UserError for another shape, for pixels that are NaN or infinite, and for no images at all.
+    """
+    done = 0
+    for block in [images] if isinstance(images, Tensor | np.ndarray) else images:
+        if block.ndim != 4:
+            raise UserError(f"images must be (N, C, H, W), got the shape {tuple(block.shape)}; add the missing axes.")
+        for start in range(0, len(block), batch_size):
+            batch = block[start : start + batch_size]
+            if isinstance(batch, Tensor):
+                batch = batch.detach().float()
+            else:
+                batch = torch.from_numpy(np.array(batch, dtype=np.float32))  # a copy: memory maps are read-only
+            if not batch.isfinite().all():
+                raise UserError(
+                    f"images {done} to {done + len(batch) - 1} hold NaN or infinite pixels; remove or repair them."
+                )
+            done += len(batch)
+            yield batch
+    if not done:
+        raise UserError("There are no images to measure.")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

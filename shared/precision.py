@@ -1,0 +1,18 @@
+"""bf16 or fp32: which one a machine is fast at, and how to use it outside a Trainer."""
+
+import torch
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The precision a model was trained in, for using it outside a Trainer."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def resolve_precision(precision: str, accelerator: str = "auto") -> str:
+    """auto -> bf16 where the hardware multiplies it, else fp32: on a CPU without such units it is slower, not faster."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available() and accelerator != "cpu":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    fast = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return "bf16" if any(check is not None and check() for check in fast) else "fp32"

@@ -1,0 +1,151 @@
+"""Pictures and the one-file HTML report."""
+
+import base64
+import csv
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, PngImagePlugin
+from torch import Tensor
+
+from shared.files import write_atomically
+
+
+def colour(images: Tensor | np.ndarray, value_range: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
+    """(N, C, H, W) -> (N, H, W, 3) uint8: inferno for one channel (the first of several, unless there are three)."""
+    x = torch.as_tensor(np.asarray(images)).float()
+    x = ((x - value_range[0]) / (value_range[1] - value_range[0])).clamp(0, 1)
+    if x.shape[1] == 3:
+        return (x.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    return np.asarray(matplotlib.colormaps["inferno"](x[:, 0].numpy(), bytes=True)[..., :3])
+
+
+def grid(
+    images: Tensor | np.ndarray, columns: int = 8, value_range: tuple[float, float] = (0.0, 1.0), title: str = ""
+) -> Image.Image:
+    """(N, C, H, W) -> a sheet of pictures, two pixels apart, with a line of text above."""
+    pictures = colour(images, value_range)
+    n, height, width, _ = pictures.shape
+    columns = min(columns, n)
+    rows, gap, top = -(-n // columns), 2, 18 if title else 0
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap + top), (24, 24, 28))
+    for i, picture in enumerate(pictures):
+        sheet.paste(Image.fromarray(picture), ((i % columns) * (width + gap), top + (i // columns) * (height + gap)))
+    if title:
+        ImageDraw.Draw(sheet).text((4, 3), title, fill=(230, 230, 230))
+    return sheet
+
+
+def save_grid(
+    path: Path, images: Tensor | np.ndarray, *, metadata: dict[str, Any] | None = None, **options: Any
+) -> None:
+    """`grid` as a PNG; metadata go into its text chunk `parameters` as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngImagePlugin.PngInfo()
+    if metadata is not None:
+        info.add_text("parameters", json.dumps(metadata))
+    grid(images, **options).save(path, pnginfo=info)
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+STYLE = """
+body {font: 16px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2rem auto; padding: 0 1rem; color: #1b1b22}
+h1 {font-size: 1.7rem; margin-bottom: 0} h2 {font-size: 1.2rem; margin: 2.2rem 0 .4rem}
+img {max-width: 100%; display: block; margin: .6rem 0} p {max-width: 52rem} small, .note {color: #5a5a66}
+table {border-collapse: collapse; margin: .6rem 0} th, td {padding: .25rem .9rem .25rem 0; text-align: left}
+th {border-bottom: 1px solid #999; font-weight: 600} td.n {text-align: right; font-variant-numeric: tabular-nums}
+pre {background: #f3f3f6; padding: .7rem; overflow-x: auto; font-size: .85rem}
+"""
+
+
+class Report:
+    """One HTML file with everything in it: opens from any file system, needs no server and no network."""
+
+    def __init__(self, title: str, subtitle: str) -> None:
+        self.title = title
+        self.blocks = [f"<h1>{html.escape(title)}</h1>", f'<p class="note">{html.escape(subtitle)}</p>']
+
+    def section(self, heading: str, text: str = "") -> "Report":
+        self.blocks.append(f"<h2>{html.escape(heading)}</h2>" + (f"<p>{html.escape(text)}</p>" if text else ""))
+        return self
+
+    def table(self, columns: list[str], rows: list[list[Any]]) -> "Report":
+        def cell(value: Any) -> str:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            text = f"{value:.3f}" if isinstance(value, float) else str(value)
+            return f'<td class="n">{text}</td>' if number else f"<td>{html.escape(text)}</td>"
+
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+        body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+        self.blocks.append(f"<table><tr>{head}</tr>{body}</table>")
+        return self
+
+    def picture(self, image: Image.Image, alt: str) -> "Report":
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        self.blocks.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
+        return self
+
+    def listing(self, text: str) -> "Report":
+        self.blocks.append(f"<pre>{html.escape(text)}</pre>")
+        return self
+
+    def write(self, path: Path) -> None:
+        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{STYLE}</style>'
+        write_atomically(
+            path, f"<!doctype html><html><head>{head}</head><body>{''.join(self.blocks)}</body></html>".encode()
+        )
+
+
+def panels(count: int, width: float = 5.2, height: float = 3.2) -> tuple[Any, list[Any]]:
+    """A matplotlib figure with `count` axes side by side, without pyplot's global state."""
+    figure = matplotlib.figure.Figure(figsize=(width * count, height), dpi=90, layout="constrained")
+    return figure, list(np.atleast_1d(figure.subplots(1, count)))
+
+
+def rasterise(figure: Any) -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer)
+
+
+def loss_curves(runs: dict[str, Path]) -> Image.Image | None:
+    """Training loss and held-out metric against the step, from each run's metrics.csv; None where there is none."""
+    found = {name: rows for name, path in runs.items() if (rows := read_metrics(path))}
+    if not found:
+        return None
+    figure, axes = panels(len(found))
+    for axis, (name, rows) in zip(axes, found.items(), strict=True):
+        for column, style in (("train/loss", "-"), ("validation/x0_error", "o-"), ("validation/psnr", "s--")):
+            points = [(row["step"], row[column]) for row in rows if column in row]
+            if points:
+                target = axis.twinx() if column.endswith("psnr") else axis
+                target.plot(
+                    *zip(*points, strict=True),
+                    style,
+                    ms=4,
+                    lw=1.2,
+                    label=column,
+                    color="C2" if "psnr" in column else None,
+                )
+                if column.endswith("psnr"):
+                    target.set_ylabel("PSNR of held-out images [dB]", color="C2")
+        axis.set(title=name, xlabel="step", yscale="log")
+        axis.legend(fontsize=8)
+    return rasterise(figure)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """metrics.csv -> its rows, each with the numbers that it has."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]

@@ -1,0 +1,66 @@
+"""The folder of a run, checkpoints/<name>/: config.yaml, metrics.csv, samples/*.png, last.ckpt and model/."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shared.config import to_dict, to_yaml
+from shared.errors import UserError
+from shared.files import write_atomically
+
+# What may differ between a run and its continuation without making it another run.
+HARMLESS = ("output", "logger", "trainer.log_every", "trainer.checkpoint_every", "trainer.validate_every",
+            "trainer.progress", "trainer.compile", "sampling")  # fmt: skip
+
+
+class Run:
+    """A run that is new, or the continuation of one with the same config.
+
+    resume      auto: go on with what is there; never: refuse a folder that holds a run
+    UserError   if the folder cannot be written, or holds a run of another config; it lists the differences
+    """
+
+    def __init__(self, config: Any, resume: str = "auto") -> None:
+        self.config = config
+        self.folder = Path(config.output) / config.name
+        self.last, self.model = self.folder / "last.ckpt", self.folder / "model"
+        saved = self.folder / "config.yaml"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.last.exists() or self.model.exists():
+                if resume == "never":
+                    raise UserError(f"{self.folder} holds a run: choose another name (--name), or drop --resume never")
+                self._same_run(saved)
+            if os.environ.get("RANK", "0") == "0":  # torchrun's; one process otherwise
+                write_atomically(saved, to_yaml(config).encode())
+        except OSError as error:
+            raise UserError(f"cannot write the run's folder {self.folder}: {error.strerror or error}") from error
+
+    def _same_run(self, saved: Path) -> None:
+        try:
+            old = dict(flatten(yaml.safe_load(saved.read_text())))
+        except (yaml.YAMLError, UnicodeDecodeError, FileNotFoundError) as error:
+            raise UserError(f"{saved} is damaged: delete {self.folder} or choose another name (--name)") from error
+        new = dict(flatten(to_dict(self.config)))
+        changed = [
+            k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(HARMLESS)
+        ]
+        if changed:
+            listed = "; ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in changed[:6])
+            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+            raise UserError(
+                f"{self.folder} is a run with another configuration ({listed}{more}): "
+                "choose another name (--name NEW), delete the folder, or keep its settings to go on with it"
+            )
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"a": {"b": 1}} -> ("a.b", 1)."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, list(tree) if isinstance(tree, tuple) else tree

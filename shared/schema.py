@@ -1,0 +1,328 @@
+"""What a config may say: every key with its type, its bounds, its default and what it is for.
+
+The options of a part (`autoencoder`, `quantizer`, `backbone`, `loss`) are its constructor's arguments, under the same
+names and with the same defaults; a test compares the two. A check of one key against another sits on the later of the
+two, as a field validator, so that it is reported together with everything else that is wrong.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator, model_validator
+
+from shared.config import load_config, merge
+
+Value = TypeVar("Value")
+
+
+def _check(value: Value, fine: bool, what: str) -> Value:
+    """The value, or pydantic's kind of error."""
+    if not fine:
+        raise ValueError(what)
+    return value
+
+
+def key(default: Any, description: str, **bounds: Any) -> Any:
+    """The default of a key (`...`: it has none), what it is for, and pydantic's bounds."""
+    return Field(default, description=description, **bounds)
+
+
+class Block(BaseModel):
+    # Strict: neither "3" nor true is an integer, while 3 is a number where a float is wanted.
+    # Defaults are validated because one that is fine by itself may not suit a key that was set.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+# YAML's lists arrive as lists; a frozen config keeps them as tuples.
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False), Field(min_length=1)]
+Levels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+# --- stage 1 ----------------------------------------------------------------------------------------------------------
+
+
+class VQ(Block):
+    """A learned codebook, moved by averages of what falls to each code."""
+
+    name: Literal["vq"] = "vq"
+    codebook_size: int = key(1024, "number of codes", ge=2)
+    codebook_dim: int | None = key(None, "look codes up in that many dimensions; null: all channels", ge=1)
+    decay: Share = key(0.99, "of the moving averages that are the codes")
+    commitment_weight: float = key(0.25, "pull of the encoder towards its codes", ge=0)
+    kmeans_init: bool = key(True, "start the codes at the cluster centres of the first batch")
+    kmeans_iters: int = key(10, "iterations of that k-means", ge=1)
+    threshold_ema_dead_code: float = key(2, "reseed codes used less often than this a batch; 0: never", ge=0)
+    rotation_trick: bool = key(True, "gradients by Fifty et al. 2024; false: straight through")
+    warmup_steps: int = key(150, "steps the encoder learns before the quantiser acts", ge=0)
+
+
+class FSQ(Block):
+    """Rounding to a fixed grid: no codebook, nothing to collapse."""
+
+    name: Literal["fsq"] = "fsq"
+    levels: Annotated[tuple[Annotated[int, Field(ge=3)], ...], Strict(False), Field(min_length=1)] = key(
+        (8, 8, 8, 5, 5), "levels of each dimension; the codes are their product"
+    )
+
+
+class NoQuantizer(Block):
+    """A plain autoencoder, as a control."""
+
+    name: Literal["none"] = "none"
+
+
+class VQVAE(Block):
+    """PixelUnshuffle stem, strided residual encoder, its mirror image as decoder."""
+
+    name: Literal["vqvae"] = "vqvae"
+    stem: int = key(5, "first downsampling, without loss (PixelUnshuffle); 150 is divisible by 5", ge=1)
+    strides: Annotated[Counts, Field(min_length=0)] = key((2,), "further downsampling: 5 x 2 makes 150 -> 15")
+    widths: Counts = key((64, 128), "channels on each grid, fine to coarse: one more than strides; 8 divides")
+    encoder_blocks: int = key(2, "residual blocks a grid", ge=1)
+    decoder_blocks: int = key(3, "residual blocks a grid", ge=1)
+    latent_channels: int = key(8, "what stage 2 sees is this many channels of 15 x 15", ge=1)
+    quantizer: Annotated[VQ | FSQ | NoQuantizer, Field(discriminator="name")] = VQ()
+    latents: Literal["continuous", "quantized"] = key("continuous", "diffused: before the quantiser or after")
+
+    @field_validator("widths")
+    @classmethod
+    def _one_a_grid(cls, widths: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        _check(widths, all(w % 8 == 0 for w in widths), "every width must be a multiple of 8, the groups of its norm")
+        grids = len(info.data.get("strides", widths[1:])) + 1
+        return _check(widths, len(widths) == grids, f"{len(widths)} widths, but strides make {grids} grids")
+
+
+class Loss(Block):
+    """Weights of the reconstruction loss; 0 leaves a term out."""
+
+    l1: float = key(1.0, "mean absolute error", ge=0)
+    stretched: float = key(0.3, "the same after asinh, for faint arcs", ge=0)
+    mse: float = key(10.0, "mean squared error", ge=0)
+    chi: float = key(0.0, "residuals in units of the pixel noise, robust", ge=0)
+
+    @model_validator(mode="after")
+    def _something(self) -> "Loss":
+        return _check(self, any(self.model_dump().values()), "at least one weight must be greater than 0")
+
+
+class Noise(Block):
+    fit: bool = key(True, "fit the noise law after training; false: decode clean images only")
+    images: int = key(512, "validation images it is fitted to", ge=1)
+
+
+# --- stage 2 ----------------------------------------------------------------------------------------------------------
+
+
+class UNet(Block):
+    """A convolutional U-Net."""
+
+    name: Literal["unet"] = "unet"
+    width: int = key(64, "channels at full latent resolution", ge=1)
+    multipliers: Counts = key((1, 2), "of the width, one a level; each further level halves the grid")
+    blocks: int = key(2, "residual blocks a level", ge=1)
+    attention: Levels = key((1,), "levels with self-attention; 0 is the finest")
+    heads: int = key(4, "of the attention", ge=1)
+    dropout: Share = key(0.0, "in residual blocks")
+    positional: bool = key(True, "a learned map of position, for data whose frame is not arbitrary")
+
+    @field_validator("attention")
+    @classmethod
+    def _levels(cls, attention: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        levels = len(info.data.get("multipliers", ())) or 1 + max(attention, default=0)
+        wrong = [level for level in attention if level >= levels]
+        return _check(attention, not wrong, f"no level {wrong}: multipliers make levels 0 to {levels - 1}")
+
+    @field_validator("heads")
+    @classmethod
+    def _divide(cls, heads: int, info: ValidationInfo) -> int:
+        d = info.data  # holds what was valid
+        for level in d.get("attention", ()) if {"width", "multipliers"} <= d.keys() else ():
+            channels = d["width"] * d["multipliers"][level]
+            _check(heads, channels % heads == 0, f"{heads} does not divide the {channels} channels of level {level}")
+        return heads
+
+
+class DiT(Block):
+    """A transformer."""
+
+    name: Literal["dit"] = "dit"
+    width: int = key(384, "of a token", ge=1)
+    depth: int = key(8, "transformer blocks", ge=1)
+    heads: int = key(6, "of the attention; 4 x heads divides the width", ge=1)
+    patch: int = key(1, "latent pixels on a token's side", ge=1)
+    mlp_ratio: float = key(4.0, "hidden width of the MLP over the width", gt=0)
+    dropout: Share = key(0.0, "in the blocks")
+
+    @field_validator("heads")
+    @classmethod
+    def _divide(cls, heads: int, info: ValidationInfo) -> int:
+        width = info.data.get("width", 4 * heads)
+        return _check(heads, width % (4 * heads) == 0, f"4 x {heads} does not divide width {width}")
+
+
+class Diffusion(Block):
+    schedule: Literal["linear", "cosine", "sigmoid", "flow"] = key("flow", "how data becomes noise: alpha(t), sigma(t)")
+    prediction: Literal["eps", "x0", "v", "velocity"] = key("velocity", "what the network is asked for")
+    time: Literal["uniform", "logit_normal"] = key("logit_normal", "how training draws t")
+    shift: float = key(1.0, "of sigma/alpha; above 1: more of training and sampling at high noise", gt=0)
+
+    @field_validator("prediction")
+    @classmethod
+    def _flows(cls, prediction: str, info: ValidationInfo) -> str:
+        schedule = info.data.get("schedule", "flow")
+        fine = prediction != "velocity" or schedule == "flow"
+        return _check(prediction, fine, f"velocity needs schedule flow; with {schedule} use v")
+
+
+class Sampling(Block):
+    sampler: Literal["ddpm", "ddim", "dpmpp", "ab2"] = key("ab2", "of previews; published as the default")
+    steps: int = key(8, "network evaluations a sample", ge=1)
+
+
+# --- both stages ------------------------------------------------------------------------------------------------------
+
+
+class Data(Block):
+    path: str = key(..., "folder made by `lens-ldm simulate` or `lens-ldm prepare`", min_length=1)
+    batch_size: int = key(32, "images a step, over all devices", ge=1)
+
+
+class Optimizer(Block):
+    """AdamW."""
+
+    lr: float = key(1e-3, "peak learning rate", gt=0)
+    betas: Annotated[tuple[Share, Share], Strict(False)] = key((0.9, 0.99), "of Adam's two averages")
+    weight_decay: float = key(0.0, "of matrices and kernels alone", ge=0)
+    warmup_steps: int = key(100, "linear rise from 0", ge=0)
+    decay: Literal["linear", "cosine", "constant"] = key("linear", "after the rise, down to 1 %")
+    gradient_clip: float = key(1.0, "largest norm of the gradient; 0: any", ge=0)
+
+
+class EMA(Block):
+    decay: Share = key(0.998, "of the moving average of the weights, which is what is published; 0: off")
+
+
+class Trainer(Block):
+    max_steps: int = key(2000, "optimiser steps", ge=1)
+    precision: Literal["auto", "bf16", "fp32"] = key("auto", "auto: mixed bf16 where the hardware has it")
+    accelerator: Literal["auto", "cpu", "gpu"] = key("auto", "auto: a GPU where there is one")
+    devices: Annotated[int, Field(ge=1)] | Literal["auto"] = key("auto", "auto: all GPUs, or one CPU process")
+    channels_last: bool = key(True, "memory format of images; faster convolutions")
+    compile: bool = key(False, "torch.compile: a minute once, then faster steps on a GPU")
+    log_every: int = key(25, "steps between rows of metrics.csv", ge=1)
+    validate_every: int = key(500, "steps between held-out metrics and pictures", ge=1)
+    checkpoint_every: int = key(200, "steps between writes of last.ckpt", ge=1)
+    progress: bool = key(True, "a progress bar")
+
+
+class Logger(Block):
+    wandb: Literal["auto", "online", "offline", "disabled"] = key("auto", "auto: online with an account")
+    project: str = key("lens-ldm", "in wandb", min_length=1)
+
+
+class _Run(Block):
+    name: Name = key(..., "of the run, whose folder is <output>/<name>")
+    seed: int = key(0, "of the weights, the batches and all noise", ge=0, lt=2**32)
+    output: str = key("checkpoints", "folder of runs", min_length=1)
+    data: Data
+
+
+class Stage1(_Run):
+    """configs/stage1: an autoencoder and the noise law beside it."""
+
+    autoencoder: VQVAE = VQVAE()
+    loss: Loss = Loss()
+    noise: Noise = Noise()
+    optimizer: Optimizer = Optimizer()
+    ema: EMA = EMA()
+    trainer: Trainer = Trainer()
+    logger: Logger = Logger()
+
+    @field_validator("trainer")
+    @classmethod
+    def _quantiser_acts(cls, trainer: Trainer, info: ValidationInfo) -> Trainer:
+        warmup = getattr(info.data["autoencoder"].quantizer, "warmup_steps", 0) if "autoencoder" in info.data else 0
+        what = f"max_steps {trainer.max_steps} must exceed autoencoder.quantizer.warmup_steps {warmup}"
+        return _check(trainer, trainer.max_steps > warmup, what)
+
+
+class Stage2(_Run):
+    """configs/stage2: diffusion on the latents of an autoencoder, or on pixels."""
+
+    autoencoder: str = key(..., "folder of a stage-1 run or model, or `pixels`", min_length=1)
+    backbone: Annotated[UNet | DiT, Field(discriminator="name")] = UNet()
+    diffusion: Diffusion = Diffusion()
+    sampling: Sampling = Sampling()
+    optimizer: Optimizer = Optimizer()
+    ema: EMA = EMA()
+    trainer: Trainer = Trainer()
+    logger: Logger = Logger()
+
+
+# --- quickstart -------------------------------------------------------------------------------------------------------
+
+
+class QuickstartData(Block):
+    preset: str = key("deeplense", "of the simulator, a file of configs/simulate")
+    count: int = key(6000, "images to simulate", ge=8)
+    path: str = key("data/quickstart", "folder to write", min_length=1)
+
+
+class QuickstartStage(Block):
+    config: str = key(..., "the stage's file, as for --config")
+    overrides: dict[str, Any] = key({}, "merged over that file")
+
+
+class Samples(Block):
+    count: int = key(500, "lenses to generate", ge=1)
+    steps: int = key(8, "network evaluations a lens", ge=1)
+
+
+class Evaluation(Block):
+    count: int = key(500, "lenses to judge", ge=1)
+
+
+class Seconds(Block):
+    """How long each part takes on two idle cores: the time left that is shown starts from here."""
+
+    simulate: float = key(60, "simulation", gt=0)
+    stage1: float = key(240, "training", gt=0)
+    stage2: float = key(240, "training", gt=0)
+    samples: float = key(15, "sampling", gt=0)
+    evaluate: float = key(45, "scores and report", gt=0)
+
+
+class Quickstart(Block):
+    """From nothing to scored samples: simulate, train both stages, sample, evaluate."""
+
+    name: Name = "quickstart"
+    seed: int = key(0, "of the simulation and of both stages", ge=0, lt=2**32)
+    output: str = key("checkpoints", "folder of runs", min_length=1)
+    data: QuickstartData = QuickstartData()
+    stage1: QuickstartStage = QuickstartStage(config="stage1/quickstart.yaml")
+    stage2: QuickstartStage = QuickstartStage(config="stage2/quickstart.yaml")
+    samples: Samples = Samples()
+    evaluate: Evaluation = Evaluation()
+    seconds: Seconds = Seconds()
+
+    @field_validator("evaluate")
+    @classmethod
+    def _there_are_enough(cls, evaluate: Evaluation, info: ValidationInfo) -> Evaluation:
+        # Scores compare with half of the test split, which is a fifth of the images: refused here, not after training.
+        for block, part, what in (("samples", 1, "samples.count"), ("data", 10, "a tenth of data.count")):
+            most = info.data[block].count // part if block in info.data else evaluate.count
+            _check(evaluate, evaluate.count <= most, f"count {evaluate.count} is more than {most}, {what}")
+        return evaluate
+
+    def stages(self) -> tuple[Stage1, Stage2]:
+        """The configs of both stages, linked: its seed, data and output folder, and stage 2 on stage 1's run.
+
+        Their `overrides` win over these links. UserError as from `load_config`.
+        """
+        links = {"seed": self.seed, "output": self.output, "data": {"path": self.data.path}}
+        first = merge({"name": f"{self.name}-stage1", **links}, self.stage1.overrides)
+        stage1 = load_config(Stage1, [self.stage1.config], first, label="stage1.overrides")
+        links["autoencoder"] = f"{stage1.output}/{stage1.name}"
+        second = merge({"name": f"{self.name}-stage2", **links}, self.stage2.overrides)
+        return stage1, load_config(Stage2, [self.stage2.config], second, label="stage2.overrides")

@@ -1,0 +1,390 @@
+"""The loop both stages share: a Lightning Trainer that counts in steps, logs, and can be killed at any of them.
+
+Everything random in step k is keyed by (seed, k, rank): the batch by `StepSampler`, the rest because the global
+generator is reseeded before each step. So a run that was killed and resumed ends with the weights of one that was not.
+"""
+
+import csv
+import hashlib
+import logging
+import math
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from shared.config import to_dict
+from shared.data import StepSampler
+from shared.errors import UserError
+from shared.precision import resolve_precision
+from shared.run import Run
+
+
+class EMA(nn.Module):
+    """A shadow of `network` whose parameters are an exponential moving average; its buffers are copies.
+
+    Early on the average is over the steps there were, so that a young shadow is not its initialisation.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.module = deepcopy(network).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), weight)
+        for mine, theirs in zip(self.module.buffers(), network.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    def train(self, mode: bool = True) -> "EMA":
+        return super().train(False)  # a quantiser in train mode would go on learning
+
+
+class Steps:
+    """The batches of a sampler, hiding their number: Lightning would take it for the length of an epoch, subtract the
+    steps before a resume from it once more, and start the batches over."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+class StageModule(lightning.LightningModule):
+    """What to optimise, log and save, for either stage. A subclass gives `loss` and `validate`.
+
+    network   trained; `shadow` is its moving average, or the network itself when the average is off
+    batches   indices (N,) -> (N, ...) the data of a step, wherever they live
+    """
+
+    def __init__(self, config: Any, network: nn.Module, batches: Callable[[Tensor], Tensor], count: int) -> None:
+        super().__init__()
+        self.config, self.batches, self.count = config, batches, count
+        self.network = network
+        self.ema = EMA(network, config.ema.decay) if config.ema.decay > 0 else None
+
+    @property
+    def shadow(self) -> nn.Module:
+        return self.ema.module if self.ema is not None else self.network
+
+    def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch (N, ...) -> the scalar to minimise, and what to log beside it."""
+        raise NotImplementedError
+
+    def validate(self, folder: Path | None) -> dict[str, float]:
+        """Metrics of the shadow on held-out data; pictures into `folder` where one is given."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> "Steps":
+        sampler = StepSampler(
+            self.count,
+            self.config.data.batch_size,
+            self.config.seed,
+            start_step=self.trainer.global_step,
+            max_steps=self.config.trainer.max_steps,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+        )
+        return Steps(sampler)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(step_key(self.config.seed, self.trainer.global_step, self.trainer.global_rank))
+
+    def training_step(self, indices: Any, batch_idx: int) -> dict[str, Any]:
+        batch = self.batches(torch.as_tensor(indices)).to(self.device, non_blocking=True)
+        if self.config.trainer.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        loss, logs = self.loss(batch)
+        return {"loss": loss, "logs": {k: v.detach() for k, v in logs.items()}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Here and not in on_train_batch_end, which Lightning calls after the callbacks: a checkpoint would lack this step.
+        if self.ema is not None:
+            self.ema.update(self.network, self.trainer.global_step + 1)
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        if (
+            self.config.optimizer.gradient_clip > 0
+        ):  # by hand: Lightning refuses to clip for a fused optimiser under bf16
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.gradient_clip)
+
+    def configure_optimizers(self) -> Any:
+        o = self.config.optimizer
+        # Norm gains, biases and positional maps are not to be shrunk: decay is for matrices and kernels.
+        matrices = [p for p in self.network.parameters() if p.requires_grad and p.ndim >= 2]
+        vectors = [p for p in self.network.parameters() if p.requires_grad and p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), fused=True)
+        scale = learning_rate_scale(o.warmup_steps, self.config.trainer.max_steps, o.decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def step_key(*parts: int) -> int:
+    """A 63-bit seed that is a function of its parts, such as (seed, step, rank)."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def learning_rate_scale(warmup: int, steps: int, decay: str) -> Callable[[int], float]:
+    """Step -> factor of the learning rate: linear warm-up, then `linear` or `cosine` decay to 1 %, or `constant`."""
+
+    def scale(step: int) -> float:
+        rise = min(1.0, (step + 1) / max(1, warmup))
+        x = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+        fall = {"linear": 1 - x, "cosine": 0.5 * (1 + math.cos(math.pi * x)), "constant": 1.0}[decay]
+        return rise * (0.01 + 0.99 * fall)
+
+    return scale
+
+
+# --- callbacks --------------------------------------------------------------------------------------------------------
+
+
+class Monitor(Callback):
+    """Progress bar, logged metrics, held-out metrics and pictures; stops a run whose loss is no longer a number."""
+
+    def __init__(self, config: Any, run: Run) -> None:
+        self.config, self.run = config, run
+        self.bar: tqdm | None = None
+        self.mark = (0, 0.0)
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        self.mark = (trainer.global_step, time.perf_counter())
+        if trainer.is_global_zero:
+            self.bar = tqdm(
+                desc=self.config.name, total=self.config.trainer.max_steps, initial=trainer.global_step,
+                unit="step", disable=None if self.config.trainer.progress else True, dynamic_ncols=True, mininterval=1,
+            )  # fmt: skip
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step, t = trainer.global_step, self.config.trainer
+        if step % t.log_every == 0 or step == t.max_steps:
+            loss = float(outputs["loss"])
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss of {self.config.name} became {loss} at step {step}: the last checkpoint is kept; "
+                    f"lower optimizer.lr (now {self.config.optimizer.lr}) or use trainer.precision fp32"
+                )
+            now = time.perf_counter()
+            speed = (step - self.mark[0]) * len(batch) * trainer.world_size / max(1e-9, now - self.mark[1])
+            self.mark = (step, now)
+            metrics = {"loss": loss, **{k: float(v) for k, v in outputs["logs"].items()}, "images_per_second": speed}
+            metrics["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+            self._log(trainer, {f"train/{k}": v for k, v in metrics.items()})
+            if self.bar is not None:
+                self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+        if trainer.is_global_zero and (step % t.validate_every == 0 or step == t.max_steps):
+            paused = time.perf_counter()
+            self._log(trainer, {f"validation/{k}": v for k, v in module.validate(self.run.folder / "samples").items()})
+            self.mark = (self.mark[0], self.mark[1] + time.perf_counter() - paused)
+
+    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _log(self, trainer: Any, metrics: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+class Checkpoint(Callback):
+    """Keeps last.ckpt: every so many steps, at the end, and when the run is asked to stop (Ctrl-C, SIGTERM)."""
+
+    def __init__(self, config: Any, run: Run, fingerprint: dict[str, str]) -> None:
+        self.every, self.path, self.fingerprint = config.trainer.checkpoint_every, run.last, fingerprint
+        self.stop_requested = False
+
+    def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["fingerprint"] = self.fingerprint
+
+    def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+        for what, now in self.fingerprint.items():
+            if checkpoint.get("fingerprint", {}).get(what) != now:
+                raise UserError(
+                    f"{self.path} was trained with another {what}: choose another name (--name) or delete {self.path.parent}"
+                )
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stop = trainer.strategy.broadcast(self.stop_requested) if trainer.world_size > 1 else self.stop_requested
+        if stop or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            if bool(torch.isfinite(outputs["loss"])):  # a checkpoint that cannot go on must not replace one that can
+                self._save(trainer)
+            trainer.should_stop = trainer.should_stop or stop
+
+    def _save(self, trainer: Any) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror or error}; "
+                "the checkpoint before it is kept, and the same command goes on from there"
+            ) from error
+
+
+class CSVLog(Logger):
+    """metrics.csv: one row a step. A resumed run keeps the rows up to the step it resumes from."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        super().__init__()
+        self.path, self.rows = path, {}
+        if path.exists() and start_step > 0:
+            with open(path, newline="") as file:
+                for row in csv.DictReader(file):
+                    if row.get("step", "").isdigit() and int(row["step"]) <= start_step:
+                        self.rows[int(row["step"])] = {k: v for k, v in row.items() if v and k != "step"}
+
+    name = version = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.setdefault(step or 0, {}).update({k: f"{v:.6g}" for k, v in metrics.items()})
+        if any("validation" in key for key in metrics):
+            self.save()
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass  # config.yaml has them
+
+    @rank_zero_only
+    def save(self) -> None:
+        columns = ["step", *sorted({key for row in self.rows.values() for key in row})]
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows({"step": step, **self.rows[step]} for step in sorted(self.rows))
+        os.replace(temporary, self.path)
+
+    def finalize(self, status: str) -> None:
+        if self.rows:
+            self.save()
+
+
+def wandb_logger(config: Any, run: Run) -> WandbLogger | None:
+    """wandb where it is wanted: online with an account, offline without one; never a prompt, never a crash."""
+    mode = config.logger.wandb
+    if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
+        return None
+    import wandb
+
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", "")
+        if mode not in ("online", "offline"):
+            try:
+                mode = "online" if wandb.login(prompt=False, timeout=20) else "offline"
+            except Exception:  # no network, a key that is refused: the run matters more than its log
+                mode = "offline"
+    try:
+        options = {"dir": str(run.folder), "mode": mode, "settings": wandb.Settings(init_timeout=20, silent=True)}
+        experiment = wandb.init(project=config.logger.project, name=config.name, config=to_dict(config), **options)
+    except Exception as error:
+        tqdm.write(f"wandb is off for this run ({type(error).__name__}: {error}); metrics.csv has everything")
+        return None
+    if mode == "offline":
+        tqdm.write(
+            f"wandb: no account here, logging offline; `wandb sync {Path(experiment.dir).parent}` uploads it later"
+        )
+    return WandbLogger(experiment=experiment)
+
+
+# --- fit --------------------------------------------------------------------------------------------------------------
+
+
+def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
+    """Train `module` to trainer.max_steps, from last.ckpt where there is one.
+
+    fingerprint   what must not change between a run and its continuation, beyond the config: the data, the autoencoder
+    SystemExit    130 after Ctrl-C or SIGTERM, once the state is saved
+    """
+    t = run.config.trainer
+    quiet()
+    start = checkpoint_step(run.last)
+    if start >= t.max_steps:
+        module.load_state_dict(torch.load(run.last, weights_only=True, map_location="cpu")["state_dict"])
+        return
+    if t.channels_last:
+        module.to(memory_format=torch.channels_last)
+    if t.compile:
+        module.network.compile()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    loggers: list[Logger] = [CSVLog(run.folder / "metrics.csv", start)]
+    if rank_zero_only.rank in (0, None) and (online := wandb_logger(run.config, run)):
+        loggers.append(online)
+    checkpoint = Checkpoint(run.config, run, fingerprint)
+    trainer = lightning.Trainer(
+        accelerator=t.accelerator,
+        devices="auto" if world > 1 else t.devices,
+        strategy="ddp" if world > 1 or (isinstance(t.devices, int) and t.devices > 1) else "auto",
+        precision="bf16-mixed" if resolve_precision(t.precision, t.accelerator) == "bf16" else "32-true",
+        max_steps=t.max_steps,
+        max_epochs=-1,
+        use_distributed_sampler=False,
+        logger=loggers,
+        callbacks=[Monitor(run.config, run), checkpoint],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run.folder,
+    )
+
+    def stop(number: int, frame: Any) -> None:
+        checkpoint.stop_requested = True
+        signal.signal(number, before[number])  # a second Ctrl-C ends it at once
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, stop)
+    try:
+        trainer.fit(module, ckpt_path=run.last if start else None, weights_only=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if trainer.global_step < t.max_steps:
+        tqdm.write(
+            f"{run.config.name} stopped at step {trainer.global_step} of {t.max_steps}; the same command goes on"
+        )
+        raise SystemExit(130)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step at which last.ckpt was written; 0 where there is none."""
+    if not path.exists():
+        return 0
+    try:
+        return int(torch.load(path, weights_only=True, map_location="cpu")["global_step"])
+    except Exception as error:  # torch raises many kinds for a truncated or foreign file
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): delete it to start this run again") from error
+
+
+def quiet() -> None:
+    """Silence what Lightning says of every run and no user can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
+    torch.set_float32_matmul_precision("high")

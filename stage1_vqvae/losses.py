@@ -1,0 +1,49 @@
+"""What a reconstruction is trained on. Every function takes pixels in [0, 1] (the data's range) and gives a scalar."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stage1_vqvae.noise import NoiseLaw
+
+KNEE = 0.02  # of full scale: about where a lens image goes over from background to arc
+
+
+def stretched_l1(output: Tensor, target: Tensor) -> Tensor:
+    """L1 after asinh(x / 0.02), which gives faint arcs the weight that bright ones have in plain L1."""
+    scale = torch.asinh(torch.tensor(1 / KNEE))
+    return F.l1_loss(torch.asinh(output / KNEE) / scale, torch.asinh(target / KNEE) / scale)
+
+
+def chi(output: Tensor, target: Tensor, law: NoiseLaw, delta: float = 3.0) -> Tensor:
+    """Residuals in units of the noise: quadratic up to about `delta` standard deviations, linear beyond (pseudo-Huber).
+
+    The noise is that of the output, without gradient: quasi-likelihood, whose optimum is the mean of the clean image,
+    where weights taken from the noisy target would be biased towards its low pixels.
+    """
+    residual = (output - target) / law.variance(output.detach()).sqrt().clamp_min(1e-6)
+    return (delta**2 * ((1 + (residual / delta).square()).sqrt() - 1)).mean()
+
+
+class ReconstructionLoss(nn.Module):
+    """Weighted sum; a term of weight 0 is not computed.
+
+    law   of the noise in pixels of [0, 1], for `chi`; estimated from the images before training
+    """
+
+    def __init__(self, *, l1: float, stretched: float, mse: float, chi: float, law: NoiseLaw) -> None:
+        super().__init__()
+        self.weights = {"l1": l1, "stretched": stretched, "mse": mse, "chi": chi}
+        self.law = law
+
+    def forward(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """output, target (N, C, H, W) in [0, 1] -> loss (), {term: its unweighted value}."""
+        terms = {
+            "l1": lambda: F.l1_loss(output, target),
+            "stretched": lambda: stretched_l1(output, target),
+            "mse": lambda: F.mse_loss(output, target),
+            "chi": lambda: chi(output, target, self.law),
+        }
+        values = {name: terms[name]() for name, weight in self.weights.items() if weight > 0}
+        total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
+        return total, values

@@ -1,0 +1,66 @@
+"""Stage 1 for Lightning: reconstruct, watch the codes, draw what comes out."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+from shared.data import LensImages
+from shared.report import save_grid
+from shared.training import StageModule
+from stage1_vqvae.losses import ReconstructionLoss
+from stage1_vqvae.noise import estimate_law
+from stage1_vqvae.quantizers import CodeUsage
+from stage1_vqvae.vqvae import VQVAE
+
+VALIDATION = 256  # images; PSNR to 0.05 dB
+
+
+class VQVAEModule(StageModule):
+    network: VQVAE
+
+    def __init__(self, config: Any, network: VQVAE, images: LensImages) -> None:
+        train, held_out = images.split("train"), images.split("validation")
+        super().__init__(config, network, lambda i: images.batch(train[i.numpy()]), len(train))
+        self.held_out = images.batch(held_out[:VALIDATION])
+        law = estimate_law(self.unit(network.transform(images.batch(train[:VALIDATION]))))
+        self.criterion = ReconstructionLoss(**config.loss.model_dump(), law=law)
+
+    @staticmethod
+    def unit(scaled: Tensor) -> Tensor:
+        """[-1, 1] -> [0, 1]."""
+        return (scaled + 1) / 2
+
+    def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        scaled = self.network.transform(batch)
+        quantize = self.trainer.global_step >= self.network.quantizer.warmup_steps
+        output, _, commitment = self.network(scaled, quantize=quantize)
+        total, terms = self.criterion(self.unit(output.float()), self.unit(scaled))
+        return total + commitment, {**terms, "commitment": commitment}
+
+    @torch.no_grad()
+    def validate(self, folder: Path | None) -> dict[str, float]:
+        was_training = self.shadow.training
+        self.shadow.eval()
+        usage = CodeUsage(self.network.quantizer.codes) if self.network.quantizer.codes else None
+        outputs = []
+        with self.trainer.precision_plugin.forward_context():
+            for batch in self.held_out.to(self.device).split(64):
+                output, indices, _ = self.shadow(self.network.transform(batch))
+                outputs.append(self.unit(output.float()))
+                if usage:
+                    usage.update(indices)
+        self.shadow.train(was_training)
+        output, target = torch.cat(outputs), self.unit(self.network.transform(self.held_out.to(self.device)))
+        metrics = {
+            "psnr": float(-10 * (output - target).square().mean().log10()),
+            "ssim": float(ssim(output, target, data_range=1.0)),
+            **(usage.compute() if usage else {}),
+        }
+        if folder is not None:
+            pairs = torch.stack([target[:8], output[:8], ((target - output)[:8] * 10 + 0.5).clamp(0, 1)])
+            title = f"step {self.trainer.global_step}: images, clean reconstructions, 10 × difference"
+            save_grid(folder / f"{self.trainer.global_step:07d}.png", pairs.flatten(0, 1).cpu(), columns=8, title=title)
+        return metrics

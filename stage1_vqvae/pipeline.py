@@ -1,0 +1,99 @@
+"""Stage 1 from a config to a published autoencoder: train, fit the noise law, fit the latent statistics, publish."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shared.checkpoint import autoencoder_config, publish
+from shared.config import to_dict
+from shared.data import LensImages
+from shared.errors import UserError
+from shared.precision import autocast, resolve_precision
+from shared.registry import build
+from shared.run import Run
+from shared.schema import Stage1
+from shared.training import fit
+from stage1_vqvae.module import VQVAEModule
+from stage1_vqvae.vqvae import VQVAE
+
+LIT = 0.1  # of full scale above the background: where a lens is bright enough for its noise to matter to a fit
+
+
+def train(config: Stage1, resume: str = "auto") -> Path:
+    """Config -> the folder of the published autoencoder."""
+    images = LensImages(config.data.path)
+    if not len(images.split("validation")):
+        raise UserError(f"{config.data.path} has {len(images)} images, none of them for validation: prepare more")
+    run = Run(config, resume)
+    if (run.model / "config.json").exists():
+        tqdm.write(f"{run.folder} is complete")
+        return run.model
+    spec = to_dict(config)["autoencoder"]
+    torch.manual_seed(config.seed)
+    network = build("autoencoder", spec, image_shape=images.image_shape, value_range=images.value_range)
+    module = VQVAEModule(config, network, images)
+    fit(module, run, {"data": images.fingerprint})
+    if module.local_rank == 0:
+        finish(module, images, run, spec)
+    return run.model
+
+
+@torch.no_grad()
+def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict) -> None:
+    """Freeze the trained network: noise law on validation images, latent statistics on training images, publication."""
+    config = module.config
+    autoencoder: VQVAE = module.shadow.eval()  # type: ignore[assignment]
+    device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+    autoencoder.to(device)
+    train, held_out = images.split("train"), images.split("validation")[: config.noise.images]
+
+    def batches(indices: np.ndarray) -> Iterator[Tensor]:
+        for i in range(0, len(indices), 64):
+            yield images.batch(indices[i : i + 64]).to(device)
+
+    precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
+    # As it was trained and will be used, so that the law and the statistics are those of that precision.
+    with autocast(device, precision):
+        autoencoder.fit_latents(batches(train))
+        real = torch.cat(list(batches(held_out)))
+        clean = torch.cat([autoencoder.decode(autoencoder.encode(b), observed=False) for b in real.split(64)])
+    residual = real - clean
+    span = autoencoder.transform.high - autoencoder.transform.low
+    metrics = {"psnr": float(-10 * (residual / span).square().mean().log10()), "step": config.trainer.max_steps}
+    curve: dict[str, list[float]] = {}
+    if config.noise.fit:
+        curve = autoencoder.noise.fit(real, clean)
+        law = autoencoder.noise
+        lit = clean - law.background > LIT * span
+        if bool(lit.any()):
+            excess = residual[lit].square().mean() / law.variance(clean[lit]).mean() - 1
+            metrics["clean_error_over_noise"] = float(excess)
+        metrics["noise"] = {k: float(v) for k, v in law.state_dict().items()}  # type: ignore[assignment]
+    published = {
+        "autoencoder": autoencoder_config(autoencoder, spec),
+        "precision": precision,
+        "data": {"name": images.name, "fingerprint": images.fingerprint, "images": len(train)},
+        "metrics": metrics,
+        "noise_curve": curve,
+        "training": to_dict(config),
+    }
+    publish(run.model, "autoencoder", published, autoencoder.state_dict(), card(config, published))
+    tqdm.write(f"{run.model}: PSNR {metrics['psnr']:.2f} dB, noise {metrics.get('noise', 'not fitted')}")
+
+
+def card(config: Stage1, published: dict) -> str:
+    m = published["metrics"]
+    return f"""# {config.name}: autoencoder (stage 1 of lens-ldm)
+
+Images {published["autoencoder"]["image_shape"]} <-> a small latent grid; {config.trainer.max_steps} steps of
+{config.data.batch_size} images of `{published["data"]["name"]}` ({published["data"]["images"]} for training).
+
+PSNR of clean reconstructions of held-out images: {m["psnr"]:.2f} dB. It is bounded by the pixel noise, which the
+decoder leaves out and `decode(observed=True)` draws anew: {m.get("noise", "not fitted")}.
+
+Made by `python stage1_vqvae/train.py`; `training` in config.json is the whole configuration. Licence of the code: MIT.
+"""

@@ -1,0 +1,123 @@
+"""The VQ-VAE: a convolutional encoder and decoder around a quantiser, all of it on a coarse grid.
+
+A PixelUnshuffle stem takes 150×150 to 30×30 without loss, so that no convolution runs at full resolution: that is what
+lets it train on two CPU cores.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.autoencoder import Autoencoder, Shape
+from shared.registry import build
+from stage1_vqvae.noise import Generators, NoiseLaw
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), the identity at the start."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+def encoder(
+    channels: int, stem: int, strides: Sequence[int], widths: Sequence[int], blocks: int, out: int
+) -> nn.Module:
+    """(N, channels, H, W) -> (N, out, H/f, W/f), f = stem × product of the strides."""
+    layers: list[nn.Module] = [nn.PixelUnshuffle(stem), nn.Conv2d(channels * stem**2, widths[0], 3, padding=1)]
+    layers += [ResidualBlock(widths[0]) for _ in range(blocks)]
+    for stride, before, width in zip(strides, widths, widths[1:], strict=False):
+        layers += [nn.Conv2d(before, width, stride, stride), *(ResidualBlock(width) for _ in range(blocks))]
+    layers += [nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], out, 1)]
+    return nn.Sequential(*layers)
+
+
+def decoder(
+    channels: int, stem: int, strides: Sequence[int], widths: Sequence[int], blocks: int, into: int
+) -> nn.Module:
+    """(N, into, h, w) -> (N, channels, h f, w f). The last layer is linear: a sigmoid saturates on mostly black images."""
+    layers: list[nn.Module] = [nn.Conv2d(into, widths[-1], 3, padding=1)]
+    layers += [ResidualBlock(widths[-1]) for _ in range(blocks)]
+    for stride, before, width in zip(reversed(strides), reversed(widths[1:]), reversed(widths[:-1]), strict=True):
+        layers += [
+            nn.Conv2d(before, width * stride**2, 1),
+            nn.PixelShuffle(stride),
+            nn.Conv2d(width, width, 3, padding=1),
+        ]
+        layers += [ResidualBlock(width) for _ in range(blocks)]
+    layers += [nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels * stem**2, 3, padding=1)]
+    return nn.Sequential(*layers, nn.PixelShuffle(stem))
+
+
+class VQVAE(Autoencoder):
+    """van den Oord et al. 2017, with the quantiser inside the decoder as in Rombach et al. 2022.
+
+    stem, strides      downsampling: PixelUnshuffle, then one strided convolution each; other sizes are padded inside
+    widths             channels on each of the len(strides) + 1 grids, fine to coarse; multiples of 8
+    latents            what stage 2 diffuses: `continuous`, before the quantiser, or `quantized`, after it
+    """
+
+    def __init__(
+        self,
+        image_shape: Shape,
+        value_range: tuple[float, float],
+        *,
+        stem: int = 5,
+        strides: Sequence[int] = (2,),
+        widths: Sequence[int] = (64, 128),
+        encoder_blocks: int = 2,
+        decoder_blocks: int = 3,
+        latent_channels: int = 8,
+        quantizer: dict[str, Any],
+        latents: str = "continuous",
+    ) -> None:
+        channels, height, width = image_shape
+        factor = stem * math.prod(strides)
+        grid = (-(-height // factor), -(-width // factor))
+        super().__init__(image_shape, (latent_channels, *grid), value_range)
+        bottom, right = grid[0] * factor - height, grid[1] * factor - width
+        self.padding = (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2)
+        self.encoder = encoder(channels, stem, strides, widths, encoder_blocks, latent_channels)
+        self.quantizer = build("quantizer", quantizer, channels=latent_channels)
+        self.decoder = decoder(channels, stem, strides, widths, decoder_blocks, latent_channels)
+        self.latents = latents
+        self.noise = NoiseLaw()
+
+    def forward(self, scaled: Tensor, quantize: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """scaled (N, C, H, W) in [-1, 1] -> clean reconstruction, indices (N, h, w), quantiser's loss ()."""
+        raw = self._raw(scaled)
+        if not quantize:
+            return self._image(raw), torch.zeros_like(raw[:, 0], dtype=torch.long), raw.new_zeros(())
+        quantized, indices, loss = self.quantizer(raw)
+        return self._image(quantized), indices, loss
+
+    def to_raw(self, scaled: Tensor) -> Tensor:
+        raw = self._raw(scaled)
+        return self.quantizer(raw)[0] if self.latents == "quantized" else raw
+
+    def from_raw(self, raw: Tensor) -> Tensor:
+        return self._image(self.quantizer(raw)[0])
+
+    def observe(self, clean: Tensor, generator: Generators = None) -> Tensor:
+        low, high = self.transform.low, self.transform.high
+        return self.noise(clean, generator).clamp(low, high)
+
+    def _raw(self, scaled: Tensor) -> Tensor:
+        return self.encoder(F.pad(scaled, self.padding, mode="replicate") if any(self.padding) else scaled)
+
+    def _image(self, raw: Tensor) -> Tensor:
+        left, _, top, _ = self.padding
+        _, height, width = self.image_shape
+        return self.decoder(raw)[..., top : top + height, left : left + width]

@@ -1,0 +1,115 @@
+"""A network made into a denoiser, D(x_t, t, cond) -> estimate of x_0, and the loss that trains it."""
+
+import torch
+from torch import Tensor, nn
+
+from stage2_diffusion.schedule import NoiseSchedule
+
+
+def target(prediction: str, x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What the network is asked for, given x_t = alpha x_0 + sigma eps; the shape of x_0.
+
+    eps (Ho et al. 2020) | x0 | v = alpha eps - sigma x_0 (Salimans & Ho 2022) | velocity = dx_t/dt of the unshifted
+    flow, eps - x_0 (Lipman et al. 2023).
+    """
+    match prediction:
+        case "eps":
+            return eps
+        case "x0":
+            return x_0
+        case "v":
+            return alpha * eps - sigma * x_0
+        case "velocity":
+            return eps - x_0
+    raise ValueError(f"unknown prediction {prediction!r}; one of eps, x0, v, velocity")
+
+
+def to_x0(prediction: str, out: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The x_0 that an output of the network stands for: `target` inverted. velocity holds for alpha + sigma = 1."""
+    match prediction:
+        case "eps":
+            return (x_t - sigma * out) / alpha
+        case "x0":
+            return out
+        case "v":
+            return (alpha * x_t - sigma * out) / (alpha**2 + sigma**2)
+        case "velocity":
+            return x_t - sigma * out
+    raise ValueError(f"unknown prediction {prediction!r}; one of eps, x0, v, velocity")
+
+
+class Denoiser(nn.Module):
+    """backbone(x_t, t, cond) made into D(x_t, t, cond) -> x_0.
+
+    backbone           (N, c, h, w), (N,), (N, cond_dim + 1) or None -> (N, c, h, w). A conditional one has an attribute
+                       `cond_dim`, the width of what it receives: the condition, and a flag that says it is there
+    prediction         eps | x0 | v | velocity (flow only); see `target`
+    time_distribution  of training: uniform, or logit_normal with the given mean and deviation (Esser et al. 2024,
+                       §3.1); over 0 ... schedule.t_max, before the schedule's shift
+    cond_dropout       share of samples that lose their condition in `loss`, in training mode
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        schedule: NoiseSchedule,
+        prediction: str,
+        time_distribution: str = "uniform",
+        time_mean: float = 0.0,
+        time_std: float = 1.0,
+        cond_dropout: float = 0.1,
+    ):
+        super().__init__()
+        if prediction not in ("eps", "x0", "v", "velocity"):
+            raise ValueError(f"unknown prediction {prediction!r}; one of eps, x0, v, velocity")
+        if time_distribution not in ("uniform", "logit_normal"):
+            raise ValueError(f"unknown time distribution {time_distribution!r}; one of uniform, logit_normal")
+        if prediction == "velocity" and schedule.name != "flow":
+            raise ValueError(f"prediction velocity needs schedule flow, got {schedule.name}; eps, x0 and v go with any")
+        alpha, _ = schedule(torch.tensor([schedule.t_max]))
+        if prediction == "eps" and alpha.item() == 0:
+            raise ValueError(
+                f"prediction eps cannot start from the pure noise of schedule {schedule.name}: "
+                "build it with zero_terminal=False, or predict v, x0 or velocity"
+            )
+        self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
+        self.time_distribution, self.time_mean, self.time_std = time_distribution, time_mean, time_std
+        self.cond_dropout = cond_dropout
+        self.cond_dim = max(getattr(backbone, "cond_dim", 0) - 1, 0)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Estimate of x_0, float32, the shape of x_t (N, c, h, w), at times t (N,). cond (N, d), or None for any."""
+        alpha, sigma = self.schedule(t)
+        out = self.backbone(x_t, t, self._flagged(cond, x_t)).float()
+        return to_x0(self.prediction, out, x_t.float(), alpha, sigma)
+
+    def loss(self, x_0: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Mean squared error in the prediction's own space: (N,) for x_0 (N, c, h, w), cond (N, d) or None.
+
+        Times, noise and dropped conditions come from torch's global generator.
+        """
+        x_0 = x_0.float()
+        t = self._draw_times(len(x_0), x_0.device)
+        eps = torch.randn_like(x_0)
+        alpha, sigma = self.schedule(t)
+        keep = None
+        if cond is not None and self.training:
+            keep = torch.rand(len(x_0), 1, device=x_0.device) >= self.cond_dropout
+        out = self.backbone(alpha * x_0 + sigma * eps, t, self._flagged(cond, x_0, keep)).float()
+        return (out - target(self.prediction, x_0, eps, alpha, sigma)).square().flatten(1).mean(1)
+
+    def _draw_times(self, n: int, device: torch.device) -> Tensor:
+        """(N,): one from each n-th of the distribution, in random order, which quiets the mean loss of a batch."""
+        u = (torch.randperm(n, device=device) + torch.rand(n, device=device)) / n
+        if self.time_distribution == "logit_normal":
+            u = torch.sigmoid(self.time_mean + self.time_std * torch.special.ndtri(u))
+        return self.schedule.t_max * u
+
+    def _flagged(self, cond: Tensor | None, like: Tensor, keep: Tensor | None = None) -> Tensor | None:
+        """(N, d + 1): the condition and a one where it is given, all zeros where it is not, which no condition is."""
+        if cond is None:
+            return like.new_zeros(len(like), self.cond_dim + 1) if self.cond_dim else None
+        if cond.shape != (len(like), self.cond_dim):
+            raise ValueError(f"a condition here is ({len(like)}, {self.cond_dim}), got {tuple(cond.shape)}")
+        flagged = torch.cat([cond.float(), torch.ones_like(cond[:, :1], dtype=torch.float32)], 1)
+        return flagged if keep is None else flagged * keep

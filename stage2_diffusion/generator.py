@@ -1,0 +1,126 @@
+"""What users hold: one path in, lenses out.
+
+generator = Generator.from_pretrained("checkpoints/unet")
+for seeds, images in generator.sample(range(64)):
+    ...
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.autoencoder import Autoencoder
+from shared.checkpoint import build_autoencoder, fill, load
+from shared.precision import autocast
+from shared.registry import build, resolve
+from stage2_diffusion.denoiser import Denoiser
+from stage2_diffusion.samplers import SeededNoise
+from stage2_diffusion.schedule import NoiseSchedule
+
+LATENT_NOISE, PIXEL_NOISE = 0, 1  # streams of a sample's seed, so that another sampler leaves the pixel noise alone
+
+
+class Generator:
+    """An autoencoder and a denoiser of its latents, ready to sample.
+
+    precision   bf16 or fp32, as in training
+    defaults    sampler and steps that `sample` uses when it is not told
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        denoiser: Denoiser,
+        precision: str = "fp32",
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
+        self.autoencoder, self.denoiser, self.precision = autoencoder.eval(), denoiser.eval(), precision
+        self.defaults = {"sampler": "ddim", "steps": 50, **(defaults or {})}
+        self.config: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str = "auto") -> "Generator":
+        """Load a published model of stage 2 (its folder, or its run's); it carries the autoencoder with it."""
+        config, state = load(path, "diffusion")
+        parts: dict[str, dict[str, Tensor]] = {"autoencoder": {}, "denoiser": {}}
+        for name, tensor in state.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        autoencoder = build_autoencoder(config["autoencoder"], parts["autoencoder"])
+        denoiser = build_denoiser(config["backbone"], config["diffusion"], autoencoder.latent_shape)
+        fill(denoiser, parts["denoiser"], "denoiser")
+        generator = cls(autoencoder, denoiser.requires_grad_(False), config["precision"], config["sampling"])
+        generator.config = config
+        return generator.to(device)
+
+    def to(self, device: str) -> "Generator":
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        for part in (self.autoencoder, self.denoiser):
+            part.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.autoencoder.latent_mean.device
+
+    @torch.no_grad()
+    def sample(
+        self,
+        seeds: Iterable[int],
+        cond: Tensor | None = None,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        observed: bool = True,
+        batch_size: int = 64,
+        **options: Any,
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield (seeds, images (N, C, H, W) in the data's units) batch by batch.
+
+        An image depends on its own seed alone: on no other, nor on its place in a batch (to rounding).
+
+        cond      (len(seeds), d) or None
+        observed  False: the clean light, without pixel noise
+        options   of the sampler, such as eta for `ddim`
+        """
+        run = resolve("sampler", sampler or self.defaults["sampler"])
+        steps = steps or self.defaults["steps"]
+        remaining, done = iter(seeds), 0
+        while chunk := list(islice(remaining, batch_size)):
+            conditions = None if cond is None else cond[done : done + len(chunk)].to(self.device)
+            done += len(chunk)
+
+            def denoise(x_t: Tensor, t: Tensor, conditions: Tensor | None = conditions) -> Tensor:
+                return self.denoiser(x_t.contiguous(memory_format=torch.channels_last), t, conditions)
+
+            with autocast(self.device, self.precision):
+                noise = SeededNoise(chunk, self.device, stream=LATENT_NOISE)
+                latents = run(denoise, self.denoiser.schedule, noise, self.autoencoder.latent_shape, steps, **options)
+                pixel_noise = SeededNoise(chunk, self.device, stream=PIXEL_NOISE).generators
+                images = self.autoencoder.decode(latents, observed=observed, generator=pixel_noise)
+            yield chunk, images.float()
+
+    def images(self, seeds: Iterable[int], **options: Any) -> Tensor:
+        """All of `sample` at once, on the CPU: (N, C, H, W)."""
+        return torch.cat([images.cpu() for _, images in self.sample(seeds, **options)])
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, seeds: Iterable[int], *, observed: bool = True) -> Tensor:
+        """images (N, C, H, W) through the autoencoder and back, with pixel noise of `seeds`."""
+        generators = SeededNoise(list(seeds), self.device, stream=PIXEL_NOISE).generators
+        with autocast(self.device, self.precision):
+            latents = self.autoencoder.encode(images.to(self.device).contiguous(memory_format=torch.channels_last))
+            return self.autoencoder.decode(latents, observed=observed, generator=generators).float().cpu()
+
+
+def build_denoiser(backbone: dict[str, Any], diffusion: dict[str, Any], latent_shape: tuple[int, int, int]) -> Denoiser:
+    """The `backbone` and `diffusion` blocks of a config -> a denoiser of latents of that shape."""
+    d = diffusion
+    # eps is asked what noise hid x_0, and from pure noise there is no answer: its schedule stops short of it.
+    schedule = NoiseSchedule(d["schedule"], zero_terminal=d["prediction"] != "eps", shift=d["shift"])
+    return Denoiser(build("backbone", backbone, latent_shape=latent_shape), schedule, d["prediction"], d["time"])

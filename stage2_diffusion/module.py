@@ -1,0 +1,68 @@
+"""Stage 2 for Lightning: denoise latents that were encoded once, draw a few lenses now and then."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.autoencoder import Autoencoder
+from shared.report import save_grid
+from shared.training import StageModule
+from stage2_diffusion.denoiser import Denoiser
+from stage2_diffusion.generator import Generator
+
+PREVIEWS = 16
+LEVELS = 8  # noise levels at which the held-out loss is watched: overtraining shows first at the low ones
+
+
+class DiffusionModule(StageModule):
+    network: Denoiser
+
+    def __init__(
+        self,
+        config: Any,
+        network: Denoiser,
+        autoencoder: Autoencoder,
+        latents: Tensor,
+        held_out: Tensor,
+        precision: str,
+    ) -> None:
+        super().__init__(config, network, lambda i: latents[i], len(latents))
+        self.held_out = held_out
+        # In a tuple, so that Lightning neither trains, moves nor saves what is frozen.
+        self.frozen = (autoencoder,)
+        self.sampling_precision = precision
+
+    def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.network.loss(batch).mean(), {}
+
+    @torch.no_grad()
+    def validate(self, folder: Path | None) -> dict[str, float]:
+        shadow: Denoiser = self.shadow  # type: ignore[assignment]
+        was_training = shadow.training
+        shadow.eval()
+        metrics = {}
+        with torch.random.fork_rng(devices=[]), self.trainer.precision_plugin.forward_context():
+            x_0 = self.held_out.to(self.device)
+            for k in range(LEVELS):
+                torch.manual_seed(k)  # the same noise at every validation: what changes is the model
+                eps, t = torch.randn(x_0.shape).to(x_0), torch.full((len(x_0),), (k + 0.5) / LEVELS, device=x_0.device)
+                alpha, sigma = shadow.schedule(t)
+                error = (shadow(alpha * x_0 + sigma * eps, t) - x_0).square().mean()
+                metrics[f"x0_error_t{(k + 0.5) / LEVELS:.2f}"] = float(error)
+        metrics["x0_error"] = sum(metrics.values()) / LEVELS
+        if folder is not None:
+            generator = Generator(self.frozen[0].to(self.device), shadow, self.sampling_precision)
+            images = generator.images(
+                range(PREVIEWS), sampler=self.config.sampling.sampler, steps=self.config.sampling.steps
+            )
+            title = (
+                f"step {self.trainer.global_step}: {self.config.sampling.steps} steps of {self.config.sampling.sampler}"
+            )
+            value_range = (self.frozen[0].transform.low, self.frozen[0].transform.high)
+            save_grid(
+                folder / f"{self.trainer.global_step:07d}.png", images, columns=8, value_range=value_range, title=title
+            )
+        shadow.train(was_training)
+        return metrics

@@ -1,0 +1,108 @@
+"""Stage 2 from a config to a published generator: encode the latents once, train on them, publish."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shared.autoencoder import Autoencoder
+from shared.checkpoint import fingerprint, load_autoencoder, publish
+from shared.config import to_dict
+from shared.data import LensImages
+from shared.errors import UserError
+from shared.precision import autocast, resolve_precision
+from shared.run import Run
+from shared.schema import Stage2
+from shared.training import fit
+from stage2_diffusion.generator import build_denoiser
+from stage2_diffusion.module import DiffusionModule
+
+HELD_OUT = 256  # validation images whose latents are watched
+
+
+def train(config: Stage2, resume: str = "auto") -> Path:
+    """Config -> the folder of the published generator."""
+    images = LensImages(config.data.path)
+    autoencoder, autoencoder_config = load_autoencoder(config.autoencoder, images.image_shape, images.value_range)
+    run = Run(config, resume)
+    if (run.model / "config.json").exists():
+        tqdm.write(f"{run.folder} is complete")
+        return run.model
+    precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
+    train_split, held_out_split = images.split("train"), images.split("validation")[:HELD_OUT]
+    if not len(held_out_split):
+        raise UserError(f"{config.data.path} has {len(images)} images, none of them for validation: prepare more")
+    if config.autoencoder == "pixels":
+        autoencoder.fit_latents(images.batch(part) for part in chunks(train_split))
+    latents = encode(autoencoder, images, train_split, config, precision)
+    held_out = encode(autoencoder, images, held_out_split, config, precision)
+
+    torch.manual_seed(config.seed)
+    blocks = to_dict(config)
+    network = build_denoiser(blocks["backbone"], blocks["diffusion"], autoencoder.latent_shape)
+    module = DiffusionModule(config, network, autoencoder, latents, held_out, precision)
+    fit(module, run, {"data": images.fingerprint, "autoencoder": fingerprint(config.autoencoder)})
+    if module.local_rank == 0:
+        finish(module, autoencoder, autoencoder_config, images, run, precision)
+    return run.model
+
+
+def chunks(indices: np.ndarray, size: int = 64) -> list[np.ndarray]:
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
+
+
+@torch.no_grad()
+def encode(autoencoder: Autoencoder, images: LensImages, indices: np.ndarray, config: Stage2, precision: str) -> Tensor:
+    """The latents (n, c, h, w) of images, computed once and held in memory: 7 kB a lens at 15×15×8."""
+    device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+    autoencoder.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    show = None if config.trainer.progress and len(indices) > HELD_OUT else True
+    parts = []
+    with autocast(device, precision):
+        for part in tqdm(chunks(indices), desc="latents", unit="batch", disable=show, leave=False):
+            batch = images.batch(part).to(device).contiguous(memory_format=torch.channels_last)
+            parts.append(autoencoder.encode(batch).float())
+    return torch.cat(parts).contiguous()
+
+
+def finish(
+    module: DiffusionModule,
+    autoencoder: Autoencoder,
+    autoencoder_config: dict,
+    images: LensImages,
+    run: Run,
+    precision: str,
+) -> None:
+    """Publish the shadow network with the autoencoder it belongs to: one path is enough to sample."""
+    config = to_dict(module.config)
+    state = {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
+    state |= {f"denoiser.{k}": v for k, v in module.shadow.state_dict().items()}
+    published = {
+        "autoencoder": autoencoder_config,
+        "backbone": config["backbone"],
+        "diffusion": config["diffusion"],
+        "sampling": config["sampling"],
+        "precision": precision,
+        "data": {"name": images.name, "fingerprint": images.fingerprint, "images": len(images.split("train"))},
+        "training": config,
+    }
+    publish(run.model, "diffusion", published, state, card(published))
+    tqdm.write(f"{run.model}: `lens-ldm sample {run.folder} --count 64 --out samples` draws lenses from it")
+
+
+def card(published: dict) -> str:
+    t = published["training"]
+    return f"""# {t["name"]}: generator (stage 2 of lens-ldm)
+
+A diffusion model (`{published["backbone"]["name"]}`, {published["diffusion"]["prediction"]} on the
+{published["diffusion"]["schedule"]} schedule) of the latents of `{t["autoencoder"]}`, trained for
+{t["trainer"]["max_steps"]} steps of {t["data"]["batch_size"]} on {published["data"]["images"]} images of
+`{published["data"]["name"]}`. The autoencoder is in the same file.
+
+    lens-ldm sample FOLDER --count 64 --out samples
+    lens-ldm evaluate FOLDER --reference data/NAME
+
+Made by `python stage2_diffusion/train.py`; `training` in config.json is the whole configuration. Licence of the code: MIT.
+"""

@@ -1,0 +1,164 @@
+"""Physical summaries: known images have known numbers."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import wasserstein_distance
+
+from shared.errors import UserError
+from shared.metrics.physics import compare, radial_power_spectrum, summaries, wasserstein1
+
+
+def grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """y and x about the centre, in pixels."""
+    return tuple(np.mgrid[:height, :width] - np.array([height - 1, width - 1])[:, None, None] / 2)
+
+
+def ring(radius: float, size: int = 90, width: float = 3.0, noise: float = 0.0) -> np.ndarray:
+    y, x = grid(size, size)
+    image = np.exp(-0.5 * ((np.hypot(x, y) - radius) / width) ** 2)
+    return (image + np.random.default_rng(0).normal(0, noise, image.shape))[None]
+
+
+def summary(image: np.ndarray, value_range: tuple[float, float] = (0, 1)) -> dict[str, float]:
+    return {name: float(values[0]) for name, values in summaries(image[None], value_range).items()}
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (63, 63), (48, 100), (100, 31)])
+def test_white_noise_has_flat_power_equal_to_its_variance(shape):
+    images = np.random.default_rng(0).normal(5, 0.3, (200, 1, *shape))
+    k, power = radial_power_spectrum(images)
+    assert power.shape == (200, len(k))
+    assert len(k) == min(shape) // 2
+    np.testing.assert_allclose(power.mean(0), 0.3**2, rtol=0.15)
+    assert power.mean() == pytest.approx(0.3**2, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shape", "cycles"), [((60, 60), (0, 9)), ((60, 60), (6, 8)), ((50, 120), (10, 0)), ((50, 120), (0, 36))]
+)
+def test_a_wave_has_its_power_at_its_own_frequency(shape, cycles):
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    wave = np.sin(2 * np.pi * (cycles[0] * y / shape[0] + cycles[1] * x / shape[1]))
+    k, power = radial_power_spectrum(wave[None, None])
+    frequency = np.hypot(cycles[0] / shape[0], cycles[1] / shape[1])
+    assert k[power[0].argmax()] == pytest.approx(frequency, abs=0.5 / min(shape))
+    assert np.sort(power[0])[-2] < 1e-10
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (33, 70)])
+def test_parseval_the_power_of_all_modes_is_the_variance(shape):
+    spectrum = np.fft.fft2(np.random.default_rng(0).normal(0, 1, (3, 1, *shape)))
+    radius = np.hypot(np.fft.fftfreq(shape[0])[:, None], np.fft.fftfreq(shape[1]))
+    images = np.fft.ifft2(np.where(radius < 0.45, spectrum, 0)).real
+    k, power = radial_power_spectrum(images)
+    modes = np.bincount(np.rint(radius[radius > 0] * min(shape)).clip(1).astype(int))[1 : len(k) + 1]
+    np.testing.assert_allclose(power @ modes / np.prod(shape), images.var((1, 2, 3)), rtol=1e-5)
+
+
+def test_the_spectrum_does_not_depend_on_how_the_images_arrive():
+    images = torch.rand(300, 2, 12, 16)
+    k, power = radial_power_spectrum(images)
+    np.testing.assert_allclose(radial_power_spectrum(iter(images.split(70)))[1], power)
+    np.testing.assert_allclose(sum(radial_power_spectrum(images[:, i : i + 1])[1] for i in range(2)) / 2, power)
+    assert (np.diff(k) > 0).all()
+
+
+@pytest.mark.parametrize("radius", [12.0, 20.3, 30.75])
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_a_ring_has_its_radius(radius, noise):
+    found = summary(ring(radius, noise=noise))
+    assert found["ring_radius"] == pytest.approx(radius, abs=0.3)
+    assert found["radius"] == pytest.approx(np.sqrt(radius**2 + 3 * 3**2), rel=0.05 if noise else 1e-3)
+    assert found["axis_ratio"] == pytest.approx(1, abs=0.02)
+    assert found["noise"] == pytest.approx(noise, rel=0.1, abs=1e-6)
+    assert found["background"] == pytest.approx(0, abs=2e-3)
+
+
+@pytest.mark.parametrize(("major", "minor", "angle"), [(9, 3, 0), (9, 6, 0.7), (8, 8, 0), (10, 2, 2.5)])
+def test_an_ellipse_has_its_moments_wherever_it_lies(major, minor, angle):
+    y, x = grid(90, 120)
+    y, x = y - 5, x + 17
+    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    found = summary(0.2 + 0.5 * np.exp(-0.5 * ((u / major) ** 2 + (v / minor) ** 2))[None])
+    assert found["radius"] == pytest.approx(np.hypot(major, minor), rel=0.01)
+    assert found["axis_ratio"] == pytest.approx(minor / major, rel=0.01)
+    assert found["background"] == pytest.approx(0.2, abs=1e-3)
+    assert found["peak"] == pytest.approx(0.7, abs=0.01)
+    assert found["flux"] == pytest.approx(0.2 + 0.5 * 2 * np.pi * major * minor / (90 * 120), rel=0.01)
+
+
+def test_summaries_are_in_units_of_the_range():
+    image = ring(20, noise=0.01)
+    plain, other = summary(image), summary(image * 4 - 1, (-1, 3))
+    assert plain.keys() == {"flux", "peak", "background", "noise", "radius", "axis_ratio", "ring_radius"}
+    for name, value in plain.items():
+        assert other[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("image", [np.zeros((1, 30, 30)), np.full((3, 4, 5), 0.5), np.eye(16)[None]])
+def test_degenerate_images_have_finite_summaries(image):
+    found = summary(image)
+    assert np.isfinite(list(found.values())).all()
+    if np.ptp(image) == 0:
+        assert (found["radius"], found["axis_ratio"]) == (0, 0)
+
+
+def test_images_that_cannot_be_measured_are_refused():
+    with pytest.raises(UserError, match="NaN"):
+        summaries(np.full((1, 1, 8, 8), np.nan), (0, 1))
+    with pytest.raises(UserError, match="no images"):
+        radial_power_spectrum([])
+
+
+VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40).map(np.array)
+
+
+@given(VALUES, VALUES)
+@settings(max_examples=200, deadline=None)
+def test_the_wasserstein_distance_is_scipys(a, b):
+    assert wasserstein1(a, b) == pytest.approx(wasserstein_distance(a, b), rel=1e-9, abs=1e-9)
+
+
+def test_the_wasserstein_distance_has_its_closed_forms():
+    x = np.random.default_rng(0).normal(0, 1, 500)
+    assert wasserstein1(x, np.repeat(x, 3)) == pytest.approx(0, abs=1e-12)
+    assert wasserstein1(x, x - 2.5) == pytest.approx(2.5)
+    assert wasserstein1(np.array([0.0]), np.array([1.0, 3.0])) == 2
+    with pytest.raises(UserError, match="got 0 and 500 values"):
+        wasserstein1(x[:0], x)
+
+
+def test_the_ratio_is_one_for_real_images_and_grows_with_the_error():
+    rng = np.random.default_rng(0)
+    a, b = ({"x": rng.normal(0, 1, 400), "y": rng.normal(0, 1, 400)} for _ in range(2))
+    ratios = [compare(a, b, {name: rng.normal(0, 1, 400) for name in a})["x"]["ratio"] for _ in range(20)]
+    assert 0.6 < np.mean(ratios) < 1.6
+    found = compare(a, b, {"x": rng.normal(0.5, 1, 400), "y": rng.normal(0, 1, 400)})
+    assert found["x"]["w1"] == pytest.approx(0.5, abs=0.15)
+    assert found["x"]["ratio"] == found["x"]["w1"] / found["x"]["floor"] > 4
+    assert found["y"]["ratio"] < 2.5
+
+
+def test_the_floor_is_a_mean_over_splits_and_not_the_given_one():
+    values = np.arange(200.0)
+    sorted_split = compare({"x": values[:100]}, {"x": values[100:]}, {"x": values[::2]})["x"]
+    assert wasserstein1(values[:100], values[100:]) == 100
+    assert sorted_split["floor"] < 20
+
+
+def test_a_summary_constant_in_real_images_has_no_scale():
+    one = {"peak": np.ones(10)}
+    assert compare(one, one, one)["peak"]["ratio"] == 1
+    assert compare(one, one, {"peak": np.full(10, 0.9)})["peak"] == {
+        "w1": pytest.approx(0.1),
+        "floor": 0,
+        "ratio": np.inf,
+    }
+
+
+def test_another_number_of_images_than_the_floors_is_refused():
+    with pytest.raises(UserError, match="5 generated and 10 real images"):
+        compare({"x": np.zeros(10)}, {"x": np.zeros(10)}, {"x": np.zeros(5)})

@@ -1,0 +1,220 @@
+"""The loop: resumed is uninterrupted, bit by bit; what a user does wrong is said; nothing good is overwritten."""
+
+import csv
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shared.config import load_config
+from shared.data import CacheWriter, LensImages
+from shared.errors import UserError
+from shared.run import Run
+from shared.schema import Stage1
+from shared.training import EMA, StageModule, fit, learning_rate_scale, step_key
+from stage1_vqvae.pipeline import train
+
+TINY = {
+    "autoencoder": {
+        "widths": [8, 8], "encoder_blocks": 1, "decoder_blocks": 1,
+        "quantizer": {"name": "vq", "codebook_size": 16, "warmup_steps": 4, "kmeans_iters": 2},
+    },
+    "optimizer": {"warmup_steps": 3},
+    "trainer": {"max_steps": 12, "precision": "fp32", "accelerator": "cpu", "log_every": 3, "validate_every": 6,
+                "checkpoint_every": 4, "progress": False},
+    "logger": {"wandb": "disabled"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "blobs"
+    rng = np.random.default_rng(0)
+    axis = np.arange(30) - 14.5
+    centre = rng.uniform(-6, 6, (160, 2, 1, 1))
+    images = np.exp(-((axis[:, None] - centre[:, 0]) ** 2 + (axis - centre[:, 1]) ** 2) / 20)[:, None]
+    images = (images + 0.01 * rng.standard_normal(images.shape)).clip(0, 1).astype(np.float32)
+    writer = CacheWriter(folder, 160, (1, 30, 30), {"kind": "test"})
+    for chunk in writer.pending():
+        writer.write(chunk, images[chunk.start : chunk.stop])
+    writer.finish()
+    return folder
+
+
+def config(data: Path, output: Path, name: str = "run", **overrides: object) -> Stage1:
+    base = {"name": name, "output": str(output), "data": {"path": str(data), "batch_size": 8}, **TINY}
+    for path, value in overrides.items():
+        block, _, key = path.partition("__")
+        base[block] = {**base[block], key: value} if key else value  # type: ignore[dict-item]
+    return load_config(Stage1, [], base)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k].nan_to_num(), b[k].nan_to_num()) for k in a)
+
+
+SCRIPT = """
+import sys
+from shared.config import load_config
+from shared.schema import Stage1
+from stage1_vqvae.pipeline import train
+import shared.training, json
+config = load_config(Stage1, [], json.loads(sys.argv[1]))
+kill_at = int(sys.argv[2])
+import os, signal
+before = shared.training.Monitor.on_train_batch_end
+def dying(self, trainer, *rest):
+    before(self, trainer, *rest)
+    if trainer.global_step == kill_at:
+        os.kill(os.getpid(), int(sys.argv[3]))
+shared.training.Monitor.on_train_batch_end = dying
+train(config)
+"""
+
+
+def killed_at(step: int, with_signal: signal.Signals, config: Stage1) -> subprocess.CompletedProcess:
+    arguments = [sys.executable, "-c", SCRIPT, config.model_dump_json(), str(step), str(int(with_signal))]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_ends_bit_identical(data: Path, tmp_path: Path) -> None:
+    train(config(data, tmp_path, "whole"))
+    for step in (6, 11):  # between checkpoints, after the codebook was born; behind the last but one
+        broken = config(data, tmp_path, f"killed{step}")
+        assert killed_at(step, signal.SIGKILL, broken).returncode == -signal.SIGKILL
+        assert not (tmp_path / broken.name / "model").exists()
+        train(broken)
+        assert same(weights(tmp_path / "whole"), weights(tmp_path / broken.name))
+        whole, again = ((tmp_path / n / "model" / "model.safetensors").read_bytes() for n in ("whole", broken.name))
+        assert whole == again
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_where_it_is_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
+    train(config(data, tmp_path, "whole"))
+    stopped = config(data, tmp_path, "stopped")
+    process = killed_at(7, signal.SIGINT, stopped)
+    assert process.returncode == 130
+    assert "step 7 of 12" in process.stderr + process.stdout
+    assert "Traceback" not in process.stderr
+    assert torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)["global_step"] == 7
+    train(stopped)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+    with open(tmp_path / "stopped" / "metrics.csv") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == [3, 6, 9, 12]
+
+
+def test_a_complete_run_is_left_alone(data: Path, tmp_path: Path) -> None:
+    c = config(data, tmp_path)
+    model = train(c)
+    before = (model / "model.safetensors").stat().st_mtime_ns
+    assert train(c) == model
+    assert (model / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="--resume never"):
+        train(c, resume="never")
+
+
+def test_another_config_or_other_data_are_not_mixed_into_a_run(data: Path, tmp_path: Path) -> None:
+    c = config(data, tmp_path)
+    train(c)
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.001 -> 0\.002"):
+        train(config(data, tmp_path, optimizer__lr=0.002))
+    train(config(data, tmp_path, trainer__log_every=5))  # what changes no weight may change
+    (tmp_path / "run" / "model").rename(tmp_path / "elsewhere")
+    checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    checkpoint["fingerprint"]["data"] = "other"
+    checkpoint["global_step"] = 4
+    torch.save(checkpoint, tmp_path / "run" / "last.ckpt")
+    with pytest.raises(UserError, match="another data"):
+        train(c)
+
+
+def test_a_truncated_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
+    c = config(data, tmp_path)
+    run = Run(c)
+    run.last.write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(UserError, match=r"last\.ckpt cannot be read"):
+        train(c)
+
+
+def test_fewer_images_than_a_batch(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="batch"):
+        train(config(data, tmp_path, data={"path": str(data), "batch_size": 500}))
+
+
+class Exploding(StageModule):
+    def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        scale = 1.0 if self.trainer.global_step < 5 else float("nan")
+        return self.network(batch).square().mean() * scale, {}
+
+    def validate(self, folder: Path | None) -> dict[str, float]:
+        return {}
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_good_checkpoint(data: Path, tmp_path: Path) -> None:
+    c, images = config(data, tmp_path), LensImages(data)
+    run = Run(c)
+    module = Exploding(c, nn.Conv2d(1, 1, 3), lambda i: images.batch(i.numpy()), 100)
+    with pytest.raises(UserError, match=r"became nan at step 6.*lower optimizer\.lr"):
+        fit(module, run, {})
+    state = weights(run.folder)
+    assert torch.load(run.last, weights_only=True)["global_step"] == 4
+    assert all(torch.isfinite(v).all() for v in state.values())
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lightning
+
+    c = config(data, tmp_path)
+    save = lightning.Trainer.save_checkpoint
+
+    def full(self: lightning.Trainer, path: Path, *rest: object) -> None:
+        if self.global_step > 4:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(self, path)
+
+    monkeypatch.setattr(lightning.Trainer, "save_checkpoint", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        train(c)
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    monkeypatch.setattr(lightning.Trainer, "save_checkpoint", save)
+    train(c)
+
+
+def test_ema_averages_parameters_and_copies_buffers() -> None:
+    network = nn.BatchNorm1d(2)
+    ema = EMA(network, 0.9)
+    nn.init.constant_(network.weight, 3.0)
+    network.running_mean.fill_(5.0)
+    ema.update(network, step=10_000)
+    assert torch.allclose(ema.module.weight, torch.full((2,), 0.9 * 1 + 0.1 * 3))
+    assert torch.equal(ema.module.running_mean, network.running_mean)
+    assert not any(m.training for m in ema.train().modules())
+
+
+def test_learning_rate_rises_then_falls_to_a_hundredth() -> None:
+    scale = learning_rate_scale(10, 110, "linear")
+    assert [scale(k) for k in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0], rel=1e-6)
+    assert scale(60) == pytest.approx(0.01 + 0.99 * 0.5)
+    assert scale(110) == pytest.approx(0.01)
+    assert learning_rate_scale(10, 110, "cosine")(60) == pytest.approx(0.505)
+    assert learning_rate_scale(0, 100, "constant")(99) == 1.0
+
+
+def test_step_keys_differ_in_every_part() -> None:
+    keys = {step_key(a, b, c) for a in range(3) for b in range(50) for c in range(3)}
+    assert len(keys) == 3 * 50 * 3
+    assert all(0 <= k < 2**63 for k in keys)

@@ -1,0 +1,203 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from stage2_diffusion.denoiser import Denoiser, target, to_x0
+from stage2_diffusion.schedule import CURVES, NoiseSchedule
+
+ALLOWED = [(p, s) for p in ("eps", "x0", "v", "velocity") for s in CURVES if p != "velocity" or s == "flow"]
+
+
+class Recorder(nn.Module):
+    """A backbone that answers as it is told and remembers what it was asked."""
+
+    def __init__(self, answer=lambda x, t: torch.zeros_like(x), cond_dim=0):
+        super().__init__()
+        self.answer, self.cond_dim = answer, cond_dim
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, cond):
+        self.x, self.t, self.cond = x, t, cond
+        return self.weight * self.answer(x, t)
+
+
+def make(prediction="velocity", schedule="flow", answer=None, cond_dim=0, shift=1.0, **options):
+    backbone = Recorder(cond_dim=cond_dim) if answer is None else Recorder(answer, cond_dim)
+    return Denoiser(backbone, NoiseSchedule(schedule, prediction != "eps", shift), prediction, **options)
+
+
+@pytest.mark.parametrize(("prediction", "schedule"), ALLOWED)
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_to_x0_inverts_target(prediction, schedule, shift):
+    torch.manual_seed(0)
+    x_0, eps = torch.randn(2, 9, 3, 4, 5).double()
+    alpha, sigma = NoiseSchedule(schedule, prediction != "eps", shift)(torch.linspace(0, 0.99, 9).double())
+    out = target(prediction, x_0, eps, alpha, sigma)
+    torch.testing.assert_close(to_x0(prediction, out, alpha * x_0 + sigma * eps, alpha, sigma), x_0)
+
+
+def test_targets_are_what_their_names_say():
+    x_0, eps = torch.tensor([[[[2.0]]]]), torch.tensor([[[[-3.0]]]])
+    alpha, sigma = torch.tensor([[[[0.8]]]]), torch.tensor([[[[0.6]]]])
+    values = {p: target(p, x_0, eps, alpha, sigma).item() for p in ("eps", "x0", "v", "velocity")}
+    assert values == pytest.approx({"eps": -3.0, "x0": 2.0, "v": 0.8 * -3 - 0.6 * 2, "velocity": -5.0})
+
+
+def test_velocity_is_the_time_derivative_of_the_flow():
+    x_0, eps, h = torch.tensor(0.7, dtype=torch.float64), torch.tensor(-1.2, dtype=torch.float64), 1e-6
+    alpha, sigma = NoiseSchedule("flow")(torch.tensor([0.4 - h, 0.4 + h], dtype=torch.float64))
+    before, after = (alpha * x_0 + sigma * eps).flatten()
+    assert ((after - before) / (2 * h)).item() == pytest.approx(
+        target("velocity", x_0, eps, alpha, sigma).item(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(("prediction", "schedule"), ALLOWED)
+def test_the_loss_of_the_perfect_network_is_zero_and_of_a_silent_one_the_variance_of_the_target(prediction, schedule):
+    """Data that is one point, mu, tells the noise exactly: eps = (x_t - alpha mu) / sigma."""
+    mu = 0.7
+
+    def perfect(x, t):
+        alpha, sigma = denoiser.schedule(t)
+        return target(prediction, torch.full_like(x, mu), (x - alpha * mu) / sigma.clamp(min=1e-6), alpha, sigma)
+
+    denoiser = make(prediction, schedule, perfect)
+    torch.manual_seed(0)
+    x_0 = torch.full((512, 2, 3, 3), mu)
+    loss = denoiser.loss(x_0)
+    assert loss.shape == (512,)
+    assert loss.max() < 1e-4
+
+    alpha, sigma = denoiser.schedule(torch.linspace(0, denoiser.schedule.t_max, 4001).double())
+    power = {"eps": 1.0, "x0": mu**2, "velocity": 1 + mu**2}.get(prediction, (alpha**2 + sigma**2 * mu**2).mean())
+    assert make(prediction, schedule).loss(x_0).mean().item() == pytest.approx(float(power), rel=0.06)
+
+
+@pytest.mark.parametrize(("prediction", "schedule"), ALLOWED)
+def test_forward_turns_the_right_answer_into_x_0(prediction, schedule):
+    torch.manual_seed(0)
+    x_0, eps = torch.randn(2, 4, 2, 3, 3)
+    denoiser: Denoiser = make(prediction, schedule, lambda x, t: target(prediction, x_0, eps, *denoiser.schedule(t)))
+    t = torch.tensor([0.01, 0.3, 0.6, 0.9])
+    alpha, sigma = denoiser.schedule(t)
+    torch.testing.assert_close(denoiser(alpha * x_0 + sigma * eps, t), x_0, rtol=0, atol=2e-4)
+
+
+def test_conversions_stay_float32_whatever_the_network_computes_in():
+    """Near t = 0 the estimate is x_t less a little: bfloat16 arithmetic would round it to three digits."""
+    x_t = torch.randn(4, 2, 3, 3)
+    denoiser = make("velocity", "flow", lambda x, t: x.bfloat16())
+    t = torch.full((4,), 0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = denoiser(x_t, t)
+        loss = denoiser.loss(x_t)
+    assert out.dtype == loss.dtype == torch.float32
+    torch.testing.assert_close(out, x_t - 0.01 * x_t.bfloat16().float(), rtol=0, atol=1e-6)
+
+
+def times_seen(n=4000, **options):
+    torch.manual_seed(0)
+    denoiser = make(**options)
+    denoiser.loss(torch.zeros(n, 1, 1, 1))
+    return denoiser.backbone.t, denoiser.schedule
+
+
+def kolmogorov(values, cdf):
+    grid = (np.arange(len(values)) + 0.5) / len(values)
+    return np.abs(cdf(np.sort(values.numpy())) - grid).max()
+
+
+@pytest.mark.parametrize("schedule", CURVES)
+def test_uniform_times_fill_the_range_of_the_schedule(schedule):
+    t, process = times_seen(prediction="eps", schedule=schedule)
+    assert kolmogorov(t / process.t_max, lambda u: u) < 1e-3
+    assert process.t_max * 0.999 < t.max() <= process.t_max
+
+
+def test_logit_normal_times_are_normal_under_the_logit():
+    t, _ = times_seen(time_distribution="logit_normal", time_mean=0.4, time_std=1.3)
+    normal = torch.distributions.Normal(0.4, 1.3)
+    assert kolmogorov(t.logit(), lambda x: normal.cdf(torch.from_numpy(x)).numpy()) < 1e-3
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_every_place_of_a_batch_sees_all_times(distribution):
+    """The strata are shuffled: a batch sorted by class must not tie a class to a noise level."""
+    torch.manual_seed(0)
+    denoiser = make(time_distribution=distribution)
+    seen = []
+    for _ in range(2000):
+        denoiser.loss(torch.zeros(4, 1, 1, 1))
+        seen.append(denoiser.backbone.t)
+    t = torch.stack(seen)
+    cdf = (lambda u: u) if distribution == "uniform" else (lambda u: torch.special.ndtr(torch.from_numpy(u).logit()))
+    for place in range(4):
+        assert kolmogorov(t[:, place], lambda u: np.asarray(cdf(u))) < 0.04
+
+
+def test_stratified_times_quieten_the_loss_of_a_batch():
+    torch.manual_seed(0)
+    denoiser = make("x0", "flow", lambda x, t: (1 - t[:, None, None, None]).expand_as(x))
+    means = torch.stack([denoiser.loss(torch.zeros(64, 1, 1, 1)).mean() for _ in range(200)])
+    independent = (1 - torch.rand(200, 64)).square().mean(1)
+    assert means.mean().item() == pytest.approx(1 / 3, abs=0.005)
+    assert means.std() < independent.std() / 10
+
+
+def test_the_loss_is_the_global_generators():
+    denoiser, x_0, cond = make(cond_dim=3, answer=lambda x, t: 0.5 * x), torch.randn(8, 2, 3, 3), torch.randn(8, 2)
+    torch.manual_seed(3)
+    first = denoiser.loss(x_0, cond)
+    torch.manual_seed(3)
+    assert torch.equal(denoiser.loss(x_0, cond), first)
+    assert not torch.equal(denoiser.loss(x_0, cond), first)
+
+
+def test_a_condition_carries_its_flag_and_none_is_all_zeros():
+    denoiser = make(cond_dim=3)
+    x, t = torch.zeros(2, 1, 1, 1), torch.full((2,), 0.5)
+    denoiser(x, t, torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
+    assert denoiser.backbone.cond.tolist() == [[0, 0, 1], [1, -2, 1]]
+    denoiser(x, t)
+    assert denoiser.backbone.cond.tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_an_unconditional_backbone_gets_no_condition():
+    denoiser = make()
+    denoiser(torch.zeros(2, 1, 1, 1), torch.full((2,), 0.5))
+    assert denoiser.backbone.cond is None
+    with pytest.raises(ValueError, match=r"\(2, 0\), got \(2, 3\)"):
+        denoiser(torch.zeros(2, 1, 1, 1), torch.full((2,), 0.5), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 1.0])
+def test_conditions_drop_out_sample_by_sample_in_training_alone(dropout):
+    torch.manual_seed(0)
+    denoiser = make(cond_dim=2, cond_dropout=dropout)
+    cond = torch.full((4000, 1), 5.0)
+    denoiser.loss(torch.zeros(4000, 1, 1, 1), cond)
+    seen = denoiser.backbone.cond
+    assert (seen[:, 0] == 5 * seen[:, 1]).all()
+    assert 1 - seen[:, 1].mean().item() == pytest.approx(dropout, abs=0.02)
+    denoiser.eval().loss(torch.zeros(4000, 1, 1, 1), cond)
+    assert denoiser.backbone.cond[:, 1].all()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+def test_velocity_is_for_the_flow(schedule):
+    with pytest.raises(ValueError, match=f"velocity needs schedule flow, got {schedule}; eps, x0 and v go with any"):
+        make("velocity", schedule)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "sigmoid", "flow"])
+def test_eps_refuses_pure_noise_and_says_what_to_do(schedule):
+    with pytest.raises(ValueError, match=f"pure noise of schedule {schedule}.*zero_terminal=False"):
+        Denoiser(Recorder(), NoiseSchedule(schedule), "eps")
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="unknown prediction 'noise'; one of eps, x0, v, velocity"):
+        make("noise")
+    with pytest.raises(ValueError, match="unknown time distribution 'normal'"):
+        make(time_distribution="normal")
