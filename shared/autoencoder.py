@@ -29,6 +29,11 @@ class PixelTransform:
         return (scaled + 1.0) * ((self.high - self.low) / 2.0) + self.low
 
 
+def _shape(sizes: Sequence[int]) -> Shape:
+    channels, height, width = sizes
+    return channels, height, width
+
+
 class Autoencoder(nn.Module):
     """Images <-> standardised latents.
 
@@ -44,8 +49,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, image_shape: Shape, latent_shape: Shape, value_range: tuple[float, float]) -> None:
         super().__init__()
-        self.image_shape = tuple(image_shape)
-        self.latent_shape = tuple(latent_shape)
+        self.image_shape, self.latent_shape = _shape(image_shape), _shape(latent_shape)
         self.transform = PixelTransform(*value_range)
         # nan until `fit_latents`: an autoencoder without its statistics must not pass for one that has them.
         self.register_buffer("latent_mean", torch.full((latent_shape[0], 1, 1), torch.nan))
@@ -74,7 +78,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def fit_latents(self, batches: Iterable[Tensor]) -> None:
         """Measure mean and standard deviation of the raw latents per channel over `batches` of images, in float64."""
-        count, total, squares = 0, 0.0, 0.0
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for images in batches:
             raw = self.to_raw(self.transform(images)).double()
             count += raw.numel() // raw.shape[1]
@@ -82,8 +86,8 @@ class Autoencoder(nn.Module):
             squares = squares + raw.square().sum((0, 2, 3))
         if count == 0:
             raise ValueError("fit_latents needs at least one batch")
-        mean = torch.as_tensor(total / count)
-        std = (torch.as_tensor(squares / count) - mean.square()).clamp_min(0).sqrt()
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(0).sqrt()
         self.latent_mean.copy_(mean[:, None, None])
         # A channel the encoder leaves constant carries nothing; unit scale keeps it finite.
         self.latent_std.copy_(torch.where(std > 1e-6, std, 1.0)[:, None, None])

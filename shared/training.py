@@ -333,7 +333,7 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
         module.network.compile()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     loggers: list[Logger] = [CSVLog(run.folder / "metrics.csv", start)]
-    if rank_zero_only.rank in (0, None) and (online := wandb_logger(run.config, run)):
+    if os.environ.get("RANK", "0") == "0" and (online := wandb_logger(run.config, run)):
         loggers.append(online)
     checkpoint = Checkpoint(run.config, run, fingerprint)
     trainer = lightning.Trainer(
@@ -356,14 +356,14 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
         checkpoint.stop_requested = True
         signal.signal(number, before[number])  # a second Ctrl-C ends it at once
 
-    before = {}
+    before: dict[int, Any] = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, stop)
     try:
         trainer.fit(module, ckpt_path=run.last if start else None, weights_only=True)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, before[number])
     if trainer.global_step < t.max_steps:
         tqdm.write(
             f"{run.config.name} stopped at step {trainer.global_step} of {t.max_steps}; the same command goes on"

@@ -1,7 +1,7 @@
 """Stage 1 for Lightning: reconstruct, watch the codes, draw what comes out."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,10 +33,14 @@ class VQVAEModule(StageModule):
         """[-1, 1] -> [0, 1]."""
         return (scaled + 1) / 2
 
+    @property
+    def quantizing(self) -> bool:
+        """Whether the encoder has learned long enough for a quantiser to start from its latents."""
+        return self.trainer.global_step >= self.network.quantizer.warmup_steps
+
     def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         scaled = self.network.transform(batch)
-        quantize = self.trainer.global_step >= self.network.quantizer.warmup_steps
-        output, _, commitment = self.network(scaled, quantize=quantize)
+        output, _, commitment = self.network(scaled, quantize=self.quantizing)
         total, terms = self.criterion(self.unit(output.float()), self.unit(scaled))
         return total + commitment, {**terms, "commitment": commitment}
 
@@ -48,7 +52,7 @@ class VQVAEModule(StageModule):
         outputs = []
         with self.trainer.precision_plugin.forward_context():
             for batch in self.held_out.to(self.device).split(64):
-                output, indices, _ = self.shadow(self.network.transform(batch))
+                output, indices, _ = self.shadow(self.network.transform(batch), quantize=self.quantizing)
                 outputs.append(self.unit(output.float()))
                 if usage:
                     usage.update(indices)
@@ -56,7 +60,7 @@ class VQVAEModule(StageModule):
         output, target = torch.cat(outputs), self.unit(self.network.transform(self.held_out.to(self.device)))
         metrics = {
             "psnr": float(-10 * (output - target).square().mean().log10()),
-            "ssim": float(ssim(output, target, data_range=1.0)),
+            "ssim": float(cast(Tensor, ssim(output, target, data_range=1.0))),
             **(usage.compute() if usage else {}),
         }
         if folder is not None:

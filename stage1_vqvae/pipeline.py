@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,10 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict) -> Non
         clean = torch.cat([autoencoder.decode(autoencoder.encode(b), observed=False) for b in real.split(64)])
     residual = real - clean
     span = autoencoder.transform.high - autoencoder.transform.low
-    metrics = {"psnr": float(-10 * (residual / span).square().mean().log10()), "step": config.trainer.max_steps}
+    metrics: dict[str, Any] = {
+        "psnr": float(-10 * (residual / span).square().mean().log10()),
+        "step": config.trainer.max_steps,
+    }
     curve: dict[str, list[float]] = {}
     if config.noise.fit:
         curve = autoencoder.noise.fit(real, clean)
@@ -72,7 +76,7 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict) -> Non
         if bool(lit.any()):
             excess = residual[lit].square().mean() / law.variance(clean[lit]).mean() - 1
             metrics["clean_error_over_noise"] = float(excess)
-        metrics["noise"] = {k: float(v) for k, v in law.state_dict().items()}  # type: ignore[assignment]
+        metrics["noise"] = {k: float(v) for k, v in law.state_dict().items()}
     published = {
         "autoencoder": autoencoder_config(autoencoder, spec),
         "precision": precision,

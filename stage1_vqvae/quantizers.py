@@ -56,7 +56,7 @@ class VQ(Quantizer):
             commitment_weight=commitment_weight,
             kmeans_init=kmeans_init,
             kmeans_iters=kmeans_iters,
-            threshold_ema_dead_code=threshold_ema_dead_code,  # type: ignore[arg-type]
+            threshold_ema_dead_code=threshold_ema_dead_code,
             rotation_trick=rotation_trick,
             accept_image_fmap=True,
         )

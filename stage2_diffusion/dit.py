@@ -20,9 +20,9 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(tokens), "n t (three heads d) -> three n heads t d", three=3, heads=self.heads)
-        # in float32, for a norm of float32 weights and bfloat16 vectors falls back to a slow path
-        q = rotate(self.norm_q(q.float()), cos, sin).to(v.dtype)
-        k = rotate(self.norm_k(k.float()), cos, sin).to(v.dtype)
+        # in float32, for a norm of float32 weights and bfloat16 vectors falls back to a slow path; autocast casts back
+        q = rotate(self.norm_q(q.float()), cos, sin)
+        k = rotate(self.norm_k(k.float()), cos, sin)
         return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n heads t d -> n t (heads d)"))
 
 

@@ -24,11 +24,9 @@ def batches(images: Images, batch_size: int) -> Iterator[Tensor]:
         if block.ndim != 4:
             raise UserError(f"images must be (N, C, H, W), got the shape {tuple(block.shape)}; add the missing axes.")
         for start in range(0, len(block), batch_size):
-            batch = block[start : start + batch_size]
-            if isinstance(batch, Tensor):
-                batch = batch.detach().float()
-            else:
-                batch = torch.from_numpy(np.array(batch, dtype=np.float32))  # a copy: memory maps are read-only
+            part = block[start : start + batch_size]
+            # np.array copies: torch does not take the read-only pixels of a memory map
+            batch = part.detach().float() if isinstance(part, Tensor) else torch.from_numpy(np.array(part, np.float32))
             if not batch.isfinite().all():
                 raise UserError(
                     f"images {done} to {done + len(batch) - 1} hold NaN or infinite pixels; remove or repair them."

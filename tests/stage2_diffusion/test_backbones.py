@@ -159,7 +159,8 @@ def test_a_token_turns_by_its_place_and_attention_sees_the_difference_alone():
     scores = (turned_q @ turned_k.T).reshape(5, 7, 5, 7)
     torch.testing.assert_close(scores[0, 0, 2, 3], scores[2, 1, 4, 4], rtol=0, atol=1e-4)
     torch.testing.assert_close(scores[1, 2, 1, 2], q @ k, rtol=0, atol=1e-4)
-    assert (scores[0, 0, 2, 3] - scores[0, 0, 3, 2]).abs() > 1e-2
+    assert (scores[0, 0, 2, 3] - scores[0, 0, 2, 4]).abs() > 1e-2
+    assert (scores[0, 0, 2, 3] - scores[0, 0, 3, 3]).abs() > 1e-2
     assert (scores[0, 0, 2, 3] - scores[2, 3, 0, 0]).abs() > 1e-2
 
 

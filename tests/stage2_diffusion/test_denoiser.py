@@ -84,16 +84,16 @@ def test_forward_turns_the_right_answer_into_x_0(prediction, schedule):
     torch.testing.assert_close(denoiser(alpha * x_0 + sigma * eps, t), x_0, rtol=0, atol=2e-4)
 
 
-def test_conversions_stay_float32_whatever_the_network_computes_in():
+@pytest.mark.parametrize(("prediction", "expected"), [("velocity", lambda x, y: x - 0.01 * y), ("x0", lambda x, y: y)])
+def test_conversions_stay_float32_whatever_the_network_computes_in(prediction, expected):
     """Near t = 0 the estimate is x_t less a little: bfloat16 arithmetic would round it to three digits."""
     x_t = torch.randn(4, 2, 3, 3)
-    denoiser = make("velocity", "flow", lambda x, t: x.bfloat16())
-    t = torch.full((4,), 0.01)
+    denoiser = make(prediction, "flow", lambda x, t: x.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        out = denoiser(x_t, t)
+        out = denoiser(x_t, torch.full((4,), 0.01))
         loss = denoiser.loss(x_t)
     assert out.dtype == loss.dtype == torch.float32
-    torch.testing.assert_close(out, x_t - 0.01 * x_t.bfloat16().float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(out, expected(x_t, x_t.bfloat16().float()), rtol=0, atol=1e-6)
 
 
 def times_seen(n=4000, **options):

@@ -93,7 +93,7 @@ def test_it_recognises_grace_hoppers_uniform(network, state):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_neither_threads_nor_the_batch_change_a_feature(network, threads):
-    images = torch.from_numpy(rings(6, 0) * 255).clamp(0, 255).byte()
+    images = torch.from_numpy(rings(10, 0) * 255).clamp(0, 255).byte()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)

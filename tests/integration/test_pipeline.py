@@ -1,0 +1,195 @@
+"""The whole pipeline at its smallest: `lens-ldm quickstart --config smoke.yaml`, and what its users do next."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared.checkpoint import load, load_autoencoder, read_config
+from shared.cli import main
+from shared.errors import UserError
+from stage2_diffusion.generator import Generator
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the smoke quickstart has run, in this process: importing torch twice is what takes time."""
+    folder = tmp_path_factory.mktemp("home")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        main(["quickstart", "--config", "smoke.yaml"])
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(home)
+    return home
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+def test_quickstart_makes_what_it_names(at_home: Path) -> None:
+    out = at_home / "checkpoints" / "smoke"
+    report = (out / "report.html").read_text()
+    assert report.count("<img") == 5
+    assert "http" not in report.replace("http-equiv", "")  # nothing is loaded from anywhere
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["n"] == 16
+    for score in metrics["distances"]["fd_efflite0"].values():
+        assert score["excess"] == pytest.approx(score["distance"] - score["floor"])
+        assert score["floor"] > 0
+    with np.load(out / "samples.npz", allow_pickle=False) as samples:
+        assert samples["images"].shape == (16, 1, 150, 150)
+        assert samples["images"].dtype == np.float32
+        assert np.isfinite(samples["images"]).all()
+        assert samples["seeds"].tolist() == list(range(16))
+        metadata = json.loads(str(samples["metadata"]))
+    assert metadata["steps"] == 4
+    assert json.loads(Image.open(out / "grid.png").info["parameters"]) == metadata
+
+
+def test_quickstart_again_keeps_every_part(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [*at_home.glob("checkpoints/*/model/model.safetensors"), at_home / "data/smoke/images.npy"]
+    before = [f.stat().st_mtime_ns for f in files]
+    assert len(files) == 3
+    main(["quickstart", "--config", "smoke.yaml"])
+    assert [f.stat().st_mtime_ns for f in files] == before
+    assert capsys.readouterr().out.count("is complete") == 2
+
+
+def test_a_seed_is_a_lens_whatever_is_drawn_with_it(at_home: Path) -> None:
+    generator = Generator.from_pretrained("checkpoints/smoke-stage2", "cpu")
+    together = generator.images([3, 4, 5, 6, 7], batch_size=5)
+    apart = generator.images([7, 3], batch_size=1)
+    assert torch.allclose(apart[0], together[4], atol=1e-4)
+    assert torch.allclose(apart[1], together[0], atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+    assert torch.equal(together, generator.images([3, 4, 5, 6, 7], batch_size=5))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "ab2"])
+def test_every_sampler_runs_from_the_same_checkpoint(at_home: Path, sampler: str) -> None:
+    generator = Generator.from_pretrained("checkpoints/smoke-stage2", "cpu")
+    images = generator.images(range(2), sampler=sampler, steps=5)
+    assert images.shape == (2, 1, 150, 150)
+    assert torch.isfinite(images).all()
+
+
+def test_clean_and_observed_differ_by_pixel_noise_alone(at_home: Path) -> None:
+    generator = Generator.from_pretrained("checkpoints/smoke-stage2", "cpu")
+    clean, observed = generator.images([1], observed=False), generator.images([1])
+    expected = generator.autoencoder.observe(clean, [torch.Generator().manual_seed(0)])
+    inside = (clean > 0.2) & (clean < 0.8)
+    assert float((observed - clean)[inside].std()) == pytest.approx(float((expected - clean)[inside].std()), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dit", ["--backbone.name", "dit", "--backbone.width", "16", "--backbone.depth", "1", "--backbone.heads", "2"]),
+        ("ddpm", ["--diffusion.schedule", "linear", "--diffusion.prediction", "eps", "--diffusion.time", "uniform"]),
+        ("vpred", ["--diffusion.schedule", "cosine", "--diffusion.prediction", "v", "--sampling.sampler", "dpmpp"]),
+        ("x0", ["--diffusion.schedule", "sigmoid", "--diffusion.prediction", "x0", "--sampling.sampler", "ddim"]),
+    ],
+)
+def test_other_backbones_and_objectives_are_a_word_away(at_home: Path, name: str, options: list[str]) -> None:
+    common = ["--config", "stage2/unet.yaml", "--name", name, "--data.path", "data/smoke", "--data.batch_size", "8"]
+    common += ["--autoencoder", "checkpoints/smoke-stage1", "--logger.wandb", "disabled", "--trainer.max_steps", "3"]
+    small = [] if name == "dit" else ["--backbone.width", "8", "--backbone.blocks", "1", "--backbone.heads", "1"]
+    main(["train-diffusion", *common, *small, *options])
+    images = Generator.from_pretrained(f"checkpoints/{name}", "cpu").images(range(2), steps=3)
+    assert torch.isfinite(images).all()
+
+
+def test_diffusion_on_pixels_is_the_same_code(at_home: Path) -> None:
+    main([
+        "train-diffusion", "--config", "stage2/pixels.yaml", "--data.path", "data/smoke", "--data.batch_size", "4",
+        "--backbone.width", "8", "--backbone.multipliers", "[1, 1, 1]", "--backbone.blocks", "1", "--backbone.heads", "1",
+        "--backbone.attention", "[2]", "--trainer.max_steps", "2", "--logger.wandb", "disabled",
+    ])  # fmt: skip
+    images = Generator.from_pretrained("checkpoints/pixels", "cpu").images(range(2), steps=2)
+    assert images.shape == (2, 1, 150, 150)
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+def test_published_models_survive_a_round_trip_and_refuse_damage(at_home: Path, tmp_path: Path) -> None:
+    autoencoder, config = load_autoencoder("checkpoints/smoke-stage1", (1, 150, 150), (0.0, 1.0))
+    inside = Generator.from_pretrained("checkpoints/smoke-stage2", "cpu").autoencoder
+    assert all(torch.equal(v, inside.state_dict()[k]) for k, v in autoencoder.state_dict().items())
+    assert not any(p.requires_grad for p in autoencoder.parameters())
+
+    copy = tmp_path / "model"
+    shutil.copytree("checkpoints/smoke-stage2/model", copy)
+    Generator.from_pretrained(copy, "cpu")  # the folder stands alone
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated or altered"):
+        load(copy, "diffusion")
+    (copy / "config.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        read_config(copy)
+    with pytest.raises(UserError, match=r"\(2, 150, 150\)"):
+        load_autoencoder("checkpoints/smoke-stage1", (2, 150, 150), (0.0, 1.0))
+
+
+def test_a_users_mistakes_get_one_clear_line(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "a model of stage 1" in fails(capsys, "sample", "checkpoints/smoke-stage1", "--out", "s")
+    assert "there is no such folder; in checkpoints: " in fails(capsys, "sample", "checkpoints/smok", "--out", "s")
+    assert "allow --count" in fails(
+        capsys, "evaluate", "checkpoints/smoke-stage2", "--reference", "data/smoke", "--count", "5000"
+    )
+    assert "lens-ldm prepare" in fails(capsys, "evaluate", "checkpoints/smoke-stage2", "--reference", "data/none")
+    assert "none at" in fails(
+        capsys, "evaluate", "checkpoints/smoke-stage2", "--reference", "data/smoke", "--inception-weights", "none.pth"
+    )
+    assert "cuda" in fails(capsys, "sample", "checkpoints/smoke-stage2", "--device", "cuda:99", "--out", "s")
+    (at_home / "file").write_text("")
+    assert "choose another --out" in fails(capsys, "sample", "checkpoints/smoke-stage2", "--out", "file/s")
+    assert "no command 'smaple'" in fails(capsys, "smaple")
+
+
+def test_a_typo_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    for script in ("stage1_vqvae/train.py", "stage2_diffusion/train.py"):
+        stage = "stage1/vqvae.yaml" if "stage1" in script else "stage2/unet.yaml"
+        command = [sys.executable, "-X", "importtime", str(ROOT / script), "--config", stage, "--trainer.max_stepps", "3"]
+        process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+        assert process.returncode == 2
+        assert "did you mean 'max_steps'" in process.stderr
+        imported = {line.split("|")[-1].strip() for line in process.stderr.splitlines() if line.startswith("import time:")}
+        assert "pydantic" in imported
+        assert not imported & {"torch", "lightning", "numpy"}
+
+
+def test_two_processes_train_as_torchrun_starts_them(at_home: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(ROOT / "stage2_diffusion" / "train.py"), "--config", "stage2/unet.yaml", "--name", "ddp",
+        "--data.path", "data/smoke", "--data.batch_size", "8", "--autoencoder", "checkpoints/smoke-stage1",
+        "--backbone.width", "8", "--backbone.blocks", "1", "--backbone.heads", "1", "--trainer.max_steps", "4",
+        "--trainer.accelerator", "cpu", "--logger.wandb", "disabled",
+    ]  # fmt: skip
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert (at_home / "checkpoints/ddp/model/model.safetensors").exists()
