@@ -39,14 +39,18 @@ def main(argv: list[str] | None = None) -> None:
         )([model, "--samples", str(out / "samples.npz"), *scores]),
     }
     expected = config.seconds.model_dump().values()
-    started, plan, spent = time.perf_counter(), sum(expected), 0.0
+    started, left = time.perf_counter(), sum(expected)
+    planned, took = 0.0, 0.0
     for k, ((what, part), seconds) in enumerate(zip(parts.items(), expected, strict=True)):
-        elapsed = time.perf_counter() - started
-        # The plan is that of two idle cores; what has run so far tells how much slower or faster this machine is.
-        pace = min(10.0, max(0.1, elapsed / spent)) if spent > 30 else 1.0
-        print(f"[{k + 1}/{len(parts)}] {what} ({clock((plan - spent) * pace)} left)", flush=True)
+        # The plan is that of two idle cores; the parts that ran here tell how much slower or faster this machine is.
+        pace = took / planned if planned else 1.0
+        print(f"[{k + 1}/{len(parts)}] {what} (about {clock(left * pace)} left)", flush=True)
+        begun = time.perf_counter()
         part()
-        spent += seconds
+        seconds_here = time.perf_counter() - begun
+        if seconds_here > 0.3 * seconds:  # a part that was kept from an earlier call tells nothing
+            planned, took = planned + seconds, took + seconds_here
+        left -= seconds
     print(f"done in {clock(time.perf_counter() - started)}. Look at:")
     for file, what in (
         ("report.html", "real and generated lenses side by side, loss curves, scores with floors"),

@@ -286,11 +286,11 @@ class Evaluation(Block):
 class Seconds(Block):
     """How long each part takes on two idle cores: the time left that is shown starts from here."""
 
-    simulate: float = key(60, "simulation", gt=0)
+    simulate: float = key(35, "simulation", gt=0)
     stage1: float = key(240, "training", gt=0)
     stage2: float = key(240, "training", gt=0)
     samples: float = key(15, "sampling", gt=0)
-    evaluate: float = key(45, "scores and report", gt=0)
+    evaluate: float = key(40, "scores and report", gt=0)
 
 
 class Quickstart(Block):

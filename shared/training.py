@@ -91,14 +91,19 @@ class StageModule(lightning.LightningModule):
         raise NotImplementedError
 
     def train_dataloader(self) -> "Steps":
+        size, world = self.config.data.batch_size, self.trainer.world_size
+        if size % world:
+            raise UserError(
+                f"data.batch_size {size} does not divide by the {world} processes: choose a multiple of {world}"
+            )
         sampler = StepSampler(
             self.count,
-            self.config.data.batch_size,
+            size // world,
             self.config.seed,
             start_step=self.trainer.global_step,
             max_steps=self.config.trainer.max_steps,
             rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
+            world=world,
         )
         return Steps(sampler)
 
@@ -338,7 +343,8 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
     checkpoint = Checkpoint(run.config, run, fingerprint)
     trainer = lightning.Trainer(
         accelerator=t.accelerator,
-        devices="auto" if world > 1 else t.devices,
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else t.devices,
+        num_nodes=world // int(os.environ.get("LOCAL_WORLD_SIZE", world)),
         strategy="ddp" if world > 1 or (isinstance(t.devices, int) and t.devices > 1) else "auto",
         precision="bf16-mixed" if resolve_precision(t.precision, t.accelerator) == "bf16" else "32-true",
         max_steps=t.max_steps,

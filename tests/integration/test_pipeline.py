@@ -135,7 +135,7 @@ def test_diffusion_on_pixels_is_the_same_code(at_home: Path) -> None:
 
 
 def test_published_models_survive_a_round_trip_and_refuse_damage(at_home: Path, tmp_path: Path) -> None:
-    autoencoder, config = load_autoencoder("checkpoints/smoke-stage1", (1, 150, 150), (0.0, 1.0))
+    autoencoder, _ = load_autoencoder("checkpoints/smoke-stage1", (1, 150, 150), (0.0, 1.0))
     inside = Generator.from_pretrained("checkpoints/smoke-stage2", "cpu").autoencoder
     assert all(torch.equal(v, inside.state_dict()[k]) for k, v in autoencoder.state_dict().items())
     assert not any(p.requires_grad for p in autoencoder.parameters())
@@ -173,11 +173,22 @@ def test_a_users_mistakes_get_one_clear_line(at_home: Path, capsys: pytest.Captu
 def test_a_typo_is_told_before_torch_is_imported(tmp_path: Path) -> None:
     for script in ("stage1_vqvae/train.py", "stage2_diffusion/train.py"):
         stage = "stage1/vqvae.yaml" if "stage1" in script else "stage2/unet.yaml"
-        command = [sys.executable, "-X", "importtime", str(ROOT / script), "--config", stage, "--trainer.max_stepps", "3"]
+        command = [
+            sys.executable,
+            "-X",
+            "importtime",
+            str(ROOT / script),
+            "--config",
+            stage,
+            "--trainer.max_stepps",
+            "3",
+        ]
         process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
         assert process.returncode == 2
         assert "did you mean 'max_steps'" in process.stderr
-        imported = {line.split("|")[-1].strip() for line in process.stderr.splitlines() if line.startswith("import time:")}
+        imported = {
+            line.split("|")[-1].strip() for line in process.stderr.splitlines() if line.startswith("import time:")
+        }
         assert "pydantic" in imported
         assert not imported & {"torch", "lightning", "numpy"}
 

@@ -546,7 +546,7 @@ def test_overrides_of_a_stage_win_over_the_links_and_are_checked():
 def test_the_smoke_run_is_tiny():
     smoke = load_config(Quickstart, ["smoke"])
     stage1, stage2 = smoke.stages()
-    assert smoke.data.count <= 100
+    assert smoke.data.count <= 200
     assert smoke.samples.count <= 16
     assert stage1.trainer.max_steps <= 30
     assert stage2.trainer.max_steps <= 30

@@ -150,7 +150,7 @@ def test_a_truncated_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
 
 def test_fewer_images_than_a_batch(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batch"):
-        train(config(data, tmp_path, data={"path": str(data), "batch_size": 500}))
+        train(config(data, tmp_path, data__batch_size=500))
 
 
 class Exploding(StageModule):
