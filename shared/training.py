@@ -243,6 +243,8 @@ class Checkpoint(Callback):
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(temporary, self.path)
+            for logger in trainer.loggers:
+                logger.save()
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise UserError(

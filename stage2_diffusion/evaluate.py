@@ -10,6 +10,7 @@ Writes metrics.json and report.html.
 
 import argparse
 import json
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
     metrics, pictures = evaluate(generator, reference, samples, networks)
     metrics |= {"model": a.model, "reference": str(a.reference), "sampling": sampling, "versions": versions()}
-    write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    write_atomically(out / "metrics.json", (json.dumps(finite(metrics), indent=1, allow_nan=False) + "\n").encode())
     report(generator, metrics, pictures, Path(a.model)).write(out / "report.html")
     print(
         "\n".join(
@@ -138,6 +139,13 @@ def evaluate(
         k: physics.compare(measured["reference"], measured["real"], measured[k]) for k in ("reconstructions", "samples")
     }
     return metrics, sets
+
+
+def finite(tree: Any) -> Any:
+    """The same with null for what JSON has no number for, such as a ratio to a floor of 0."""
+    if isinstance(tree, dict):
+        return {key: finite(value) for key, value in tree.items()}
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def score_rows(metrics: dict[str, Any]) -> list[list[str]]:

@@ -93,6 +93,7 @@ def test_killed_and_resumed_ends_bit_identical(data: Path, tmp_path: Path) -> No
         broken = config(data, tmp_path, f"killed{step}")
         assert killed_at(step, signal.SIGKILL, broken).returncode == -signal.SIGKILL
         assert not (tmp_path / broken.name / "model").exists()
+        assert (tmp_path / broken.name / "metrics.csv").read_text().count("\n") >= 2  # rows up to the last checkpoint
         train(broken)
         assert same(weights(tmp_path / "whole"), weights(tmp_path / broken.name))
         whole, again = ((tmp_path / n / "model" / "model.safetensors").read_bytes() for n in ("whole", broken.name))
