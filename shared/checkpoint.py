@@ -3,7 +3,6 @@
 Nothing in it is ever executed: the config names parts by the registry's short names, the weights are tensors.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from shared.autoencoder import Autoencoder, Pixels
 from shared.errors import UserError
+from shared.files import sha256
 from shared.registry import build
 
 FORMAT = 1
@@ -156,11 +156,6 @@ def load_autoencoder(
 def fingerprint(path: str | Path) -> str:
     """The hash of a published model's weights; for `pixels` the word itself."""
     return "pixels" if str(path) == "pixels" else str(read_config(path)["sha256"])
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """`lens-ldm COMMAND`: a table of commands, each importing its script only when called."""
 
+import errno
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -43,6 +44,11 @@ def guard(script: Callable[[], object]) -> None:
         script()
     except UserError as error:
         _fail(str(error))
+    except OSError as error:  # a full disk can strike any write; what must survive it is written atomically
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        _fail(f"the disk is full{where}: free some space and run the same command again, it goes on where it stopped")
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, and the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None

@@ -247,6 +247,10 @@ class LensImages:
         """A copy of these images, (len(indices), C, H, W) float32."""
         return torch.from_numpy(np.array(self.images[np.asarray(indices, dtype=np.int64)]))
 
+    def batches(self, indices: np.ndarray, size: int = 64) -> Iterator[Tensor]:
+        """Copies of these images, `size` at a time."""
+        return (self.batch(indices[i : i + size]) for i in range(0, len(indices), size))
+
 
 class StepSampler(Sampler[list[int]]):
     """A batch sampler whose batch at step k depends on (seed, k, rank, world) alone: resuming repeats nothing.

@@ -90,7 +90,7 @@ def explain(schema: type[BaseModel], layers: list[Layer], error: ValidationError
             what = f"is missing: it says which part this block configures{hint([], names)}"
         else:
             what = _wrong_value(items)
-        yield f"{label}: {'.'.join(path)}: {what}"
+        yield ": ".join(filter(None, (label, ".".join(path), what)))
 
 
 def _origin(layers: list[Layer], path: tuple[str, ...]) -> str:

@@ -1,6 +1,7 @@
-"""Writing so that nothing half-written is ever found."""
+"""Files: written so that nothing half-written is ever found, known by their hash."""
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 
@@ -26,3 +27,9 @@ def sync_folder(folder: Path) -> None:
         with contextlib.suppress(OSError):  # some network file systems refuse
             os.fsync(descriptor)
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

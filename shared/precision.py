@@ -1,4 +1,4 @@
-"""bf16 or fp32: which one a machine is fast at, and how to use it outside a Trainer."""
+"""Which device, and bf16 or fp32: what a machine has and is fast at, for use outside a Trainer."""
 
 import torch
 
@@ -8,11 +8,16 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def choose_device(accelerator: str = "auto") -> torch.device:
+    """The device that a config's trainer.accelerator means on this machine."""
+    return torch.device("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
+
+
 def resolve_precision(precision: str, accelerator: str = "auto") -> str:
     """auto -> bf16 where the hardware multiplies it, else fp32: on a CPU without such units it is slower, not faster."""
     if precision != "auto":
         return precision
-    if torch.cuda.is_available() and accelerator != "cpu":
+    if choose_device(accelerator).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     fast = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return "bf16" if any(check is not None and check() for check in fast) else "fp32"

@@ -1,19 +1,16 @@
 """Stage 1 from a config to a published autoencoder: train, fit the noise law, fit the latent statistics, publish."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from shared.checkpoint import autoencoder_config, publish
 from shared.config import to_dict
 from shared.data import LensImages
 from shared.errors import UserError
-from shared.precision import autocast, resolve_precision
+from shared.precision import autocast, choose_device, resolve_precision
 from shared.registry import build
 from shared.run import Run
 from shared.schema import Stage1
@@ -48,19 +45,15 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict) -> Non
     """Freeze the trained network: noise law on validation images, latent statistics on training images, publication."""
     config = module.config
     autoencoder: VQVAE = module.shadow.eval()  # type: ignore[assignment]
-    device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+    device = choose_device(config.trainer.accelerator)
     autoencoder.to(device)
     train, held_out = images.split("train"), images.split("validation")[: config.noise.images]
-
-    def batches(indices: np.ndarray) -> Iterator[Tensor]:
-        for i in range(0, len(indices), 64):
-            yield images.batch(indices[i : i + 64]).to(device)
 
     precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
     # As it was trained and will be used, so that the law and the statistics are those of that precision.
     with autocast(device, precision):
-        autoencoder.fit_latents(batches(train))
-        real = torch.cat(list(batches(held_out)))
+        autoencoder.fit_latents(batch.to(device) for batch in images.batches(train))
+        real = images.batch(held_out).to(device)
         clean = torch.cat([autoencoder.decode(autoencoder.encode(b), observed=False) for b in real.split(64)])
     residual = real - clean
     span = autoencoder.transform.high - autoencoder.transform.low

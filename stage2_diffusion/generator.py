@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared.autoencoder import Autoencoder
 from shared.checkpoint import build_autoencoder, fill, load
-from shared.precision import autocast
+from shared.precision import autocast, choose_device
 from shared.registry import build, resolve
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.samplers import SeededNoise
@@ -58,10 +58,9 @@ class Generator:
         return generator.to(device)
 
     def to(self, device: str) -> "Generator":
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        where = choose_device() if device == "auto" else torch.device(device)
         for part in (self.autoencoder, self.denoiser):
-            part.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            part.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     @property

@@ -12,7 +12,7 @@ from shared.checkpoint import fingerprint, load_autoencoder, publish
 from shared.config import to_dict
 from shared.data import LensImages
 from shared.errors import UserError
-from shared.precision import autocast, resolve_precision
+from shared.precision import autocast, choose_device, resolve_precision
 from shared.run import Run
 from shared.schema import Stage2
 from shared.training import fit
@@ -35,7 +35,7 @@ def train(config: Stage2, resume: str = "auto") -> Path:
     if not len(held_out_split):
         raise UserError(f"{config.data.path} has {len(images)} images, none of them for validation: prepare more")
     if config.autoencoder == "pixels":
-        autoencoder.fit_latents(images.batch(part) for part in chunks(train_split))
+        autoencoder.fit_latents(images.batches(train_split))
     latents = encode(autoencoder, images, train_split, config, precision)
     held_out = encode(autoencoder, images, held_out_split, config, precision)
 
@@ -49,21 +49,21 @@ def train(config: Stage2, resume: str = "auto") -> Path:
     return run.model
 
 
-def chunks(indices: np.ndarray, size: int = 64) -> list[np.ndarray]:
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
-
-
 @torch.no_grad()
 def encode(autoencoder: Autoencoder, images: LensImages, indices: np.ndarray, config: Stage2, precision: str) -> Tensor:
     """The latents (n, c, h, w) of images, computed once and held in memory: 7 kB a lens at 15×15×8."""
-    device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+    device = choose_device(config.trainer.accelerator)
     autoencoder.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     show = None if config.trainer.progress and len(indices) > HELD_OUT else True
     parts = []
-    with autocast(device, precision):
-        for part in tqdm(chunks(indices), desc="latents", unit="batch", disable=show, leave=False):
-            batch = images.batch(part).to(device).contiguous(memory_format=torch.channels_last)
+    with (
+        autocast(device, precision),
+        tqdm(desc="latents", total=len(indices), unit="image", disable=show, leave=False) as bar,
+    ):
+        for batch in images.batches(indices):
+            batch = batch.to(device).contiguous(memory_format=torch.channels_last)
             parts.append(autoencoder.encode(batch).float())
+            bar.update(len(batch))
     return torch.cat(parts).contiguous()
 
 

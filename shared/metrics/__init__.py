@@ -1,8 +1,6 @@
 """Metrics: arrays in, numbers out. Nothing here imports a model of ours."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,9 +33,3 @@ def batches(images: Images, batch_size: int) -> Iterator[Tensor]:
             yield batch
     if not done:
         raise UserError("There are no images to measure.")
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

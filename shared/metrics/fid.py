@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
-from shared.metrics import Images, batches, sha256
+from shared.files import sha256
+from shared.metrics import Images, batches
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # the leading digits, which its publishers put into the name of the file

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
-from shared.metrics import fid, sha256
+from shared.files import sha256
+from shared.metrics import fid
 from shared.metrics.fid import features, frechet_distance, inception, score, to_uint8
 
 
