@@ -189,8 +189,9 @@ class Data(Block):
 
 
 class Optimizer(Block):
-    """AdamW."""
+    """Muon for the weights of layers, AdamW for the rest; or AdamW for all."""
 
+    name: Literal["muon", "adamw"] = key("muon", "Muon orthogonalises the steps of matrices")
     lr: float = key(1e-3, "peak learning rate", gt=0)
     betas: Annotated[tuple[Share, Share], Strict(False)] = key((0.9, 0.99), "of Adam's two averages")
     weight_decay: float = key(0.0, "of matrices and kernels alone", ge=0)
@@ -286,11 +287,11 @@ class Evaluation(Block):
 class Seconds(Block):
     """How long each part takes on two idle cores: the time left that is shown starts from here."""
 
-    simulate: float = key(35, "simulation", gt=0)
-    stage1: float = key(240, "training", gt=0)
+    simulate: float = key(20, "simulation", gt=0)
+    stage1: float = key(200, "training", gt=0)
     stage2: float = key(240, "training", gt=0)
-    samples: float = key(15, "sampling", gt=0)
-    evaluate: float = key(40, "scores and report", gt=0)
+    samples: float = key(10, "sampling", gt=0)
+    evaluate: float = key(25, "scores and report", gt=0)
 
 
 class Quickstart(Block):

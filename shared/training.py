@@ -6,6 +6,7 @@ generator is reseeded before each step. So a run that was killed and resumed end
 
 import csv
 import hashlib
+import io
 import logging
 import math
 import os
@@ -28,6 +29,8 @@ from tqdm import tqdm
 from shared.config import to_dict
 from shared.data import StepSampler
 from shared.errors import UserError
+from shared.files import write_atomically
+from shared.optimizer import build_optimizer
 from shared.precision import resolve_precision
 from shared.run import Run
 
@@ -124,18 +127,15 @@ class StageModule(lightning.LightningModule):
             self.ema.update(self.network, self.trainer.global_step + 1)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        if (
-            self.config.optimizer.gradient_clip > 0
-        ):  # by hand: Lightning refuses to clip for a fused optimiser under bf16
+        # By hand: Lightning refuses to clip for a fused optimiser under bf16.
+        if self.config.optimizer.gradient_clip > 0:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.gradient_clip)
 
     def configure_optimizers(self) -> Any:
         o = self.config.optimizer
-        # Norm gains, biases and positional maps are not to be shrunk: decay is for matrices and kernels.
-        matrices = [p for p in self.network.parameters() if p.requires_grad and p.ndim >= 2]
-        vectors = [p for p in self.network.parameters() if p.requires_grad and p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), fused=True)
+        optimizer = build_optimizer(
+            self.network, name=o.name, lr=o.lr, betas=tuple(o.betas), weight_decay=o.weight_decay
+        )
         scale = learning_rate_scale(o.warmup_steps, self.config.trainer.max_steps, o.decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -270,8 +270,6 @@ class CSVLog(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.rows.setdefault(step or 0, {}).update({k: f"{v:.6g}" for k, v in metrics.items()})
-        if any("validation" in key for key in metrics):
-            self.save()
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -279,17 +277,14 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        columns = ["step", *sorted({key for row in self.rows.values() for key in row})]
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows({"step": step, **self.rows[step]} for step in sorted(self.rows))
-        os.replace(temporary, self.path)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, ["step", *sorted({key for row in self.rows.values() for key in row})])
+        writer.writeheader()
+        writer.writerows({"step": step, **self.rows[step]} for step in sorted(self.rows))
+        write_atomically(self.path, table.getvalue().encode())
 
     def finalize(self, status: str) -> None:
-        if self.rows:
-            self.save()
+        pass  # saved with each checkpoint: rows beyond the last one belong to steps that will be repeated
 
 
 def wandb_logger(config: Any, run: Run) -> WandbLogger | None:
