@@ -93,12 +93,13 @@ class CodeUsage:
     """Share of the codes in use and perplexity, counted over a whole validation set: per batch both come out too low."""
 
     def __init__(self, codes: int) -> None:
-        self.counts = torch.zeros(codes, dtype=torch.float64)
+        self.codes = codes
+        self.indices: list[Tensor] = []
 
     def update(self, indices: Tensor) -> None:
-        self.counts += torch.bincount(indices.flatten().cpu(), minlength=len(self.counts)).double()
+        self.indices.append(indices.flatten().cpu())
 
     def compute(self) -> dict[str, float]:
-        p = self.counts / self.counts.sum().clamp_min(1)
-        entropy = -(p[p > 0] * p[p > 0].log()).sum()
-        return {"codes_used": float((p > 0).double().mean()), "perplexity": float(entropy.exp())}
+        counts = torch.cat(self.indices).unique(return_counts=True)[1].double()  # of a codebook of any size
+        p = counts / counts.sum()
+        return {"codes_used": len(p) / self.codes, "perplexity": float((-(p * p.log()).sum()).exp())}
