@@ -4,6 +4,7 @@ Everything random in step k is keyed by (seed, k, rank): the batch by `StepSampl
 generator is reseeded before each step. So a run that was killed and resumed ends with the weights of one that was not.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -23,6 +24,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -216,7 +218,7 @@ class Checkpoint(Callback):
 
     def __init__(self, config: Any, run: Run, fingerprint: dict[str, str]) -> None:
         self.every, self.path, self.fingerprint = config.trainer.checkpoint_every, run.last, fingerprint
-        self.stop_requested = False
+        self.stopped_by = 0  # the number of the signal that asks for the end
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["fingerprint"] = self.fingerprint
@@ -229,7 +231,7 @@ class Checkpoint(Callback):
                 )
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        stop = trainer.strategy.broadcast(self.stop_requested) if trainer.world_size > 1 else self.stop_requested
+        stop = bool(trainer.strategy.broadcast(self.stopped_by) if trainer.world_size > 1 else self.stopped_by)
         if stop or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             if bool(torch.isfinite(outputs["loss"])):  # a checkpoint that cannot go on must not replace one that can
                 self._save(trainer)
@@ -321,16 +323,16 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
     """Train `module` to trainer.max_steps, from last.ckpt where there is one.
 
     fingerprint   what must not change between a run and its continuation, beyond the config: the data, the autoencoder
-    SystemExit    130 after Ctrl-C or SIGTERM, once the state is saved
+    SystemExit    130 after Ctrl-C, 143 after SIGTERM, once the state is saved
     """
     t = run.config.trainer
     quiet()
     start = checkpoint_step(run.last)
+    if t.channels_last:
+        module.to(memory_format=torch.channels_last)
     if start >= t.max_steps:
         module.load_state_dict(torch.load(run.last, weights_only=True, map_location="cpu")["state_dict"])
         return
-    if t.channels_last:
-        module.to(memory_format=torch.channels_last)
     if t.compile:
         module.network.compile()
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -356,22 +358,23 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
     )
 
     def stop(number: int, frame: Any) -> None:
-        checkpoint.stop_requested = True
+        checkpoint.stopped_by = number
         signal.signal(number, before[number])  # a second Ctrl-C ends it at once
 
     before: dict[int, Any] = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, stop)
     try:
-        trainer.fit(module, ckpt_path=run.last if start else None, weights_only=True)
+        with contextlib.suppress(SIGTERMException):  # Lightning's own, after our checkpoint; it would exit with 0
+            trainer.fit(module, ckpt_path=run.last if start else None, weights_only=True)
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, before[number])
-    if trainer.global_step < t.max_steps:
+    if checkpoint.stopped_by:
         tqdm.write(
             f"{run.config.name} stopped at step {trainer.global_step} of {t.max_steps}; the same command goes on"
         )
-        raise SystemExit(130)
+        raise SystemExit(128 + checkpoint.stopped_by)
 
 
 def checkpoint_step(path: Path) -> int:

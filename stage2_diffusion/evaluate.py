@@ -158,6 +158,19 @@ def score_rows(metrics: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def physics_rows(scores: dict[str, Any]) -> list[list[str]]:
+    """One row a quantity: the distance between real sets, then distances with their ratio to it.
+
+    Where all real images have one value, such as the peak of images that were scaled to it, there is no ratio.
+    """
+
+    def cell(score: dict[str, float]) -> str:
+        return f"{score['w1']:.2g}" + (f" (× {score['ratio']:.2f})" if score["floor"] else "")
+
+    both = zip(scores["reconstructions"].items(), scores["samples"].values(), strict=True)
+    return [[quantity, f"{r['floor']:.2g}", cell(r), cell(s)] for (quantity, r), s in both]
+
+
 def report(generator: Generator, metrics: dict[str, Any], sets: dict[str, Tensor], model: Path) -> Report:
     """The one-file report: pictures first, then the curves, then the numbers and how they came about."""
     n, value_range = metrics["n"], tuple(metrics["value_range"])
@@ -186,17 +199,10 @@ def report(generator: Generator, metrics: dict[str, Any], sets: dict[str, Tensor
 
     page.section(
         "Physics",
-        "Wasserstein-1 distance of each quantity to real images, over its value between real images: 1 is perfect.",
+        "Wasserstein-1 distance of each quantity to real images, and how many times that between real images it is: 1 is "
+        "perfect. Lengths in pixels, brightness in the data's range.",
     )
-    quantities = list(metrics["physics"]["samples"])
-    ratio = {k: [metrics["physics"][k][q]["ratio"] for q in quantities] for k in ("reconstructions", "samples")}
-    page.table(
-        ["quantity", "reconstructions", "samples"],
-        [
-            [q, f"{r:.2f}", f"{s:.2f}"]
-            for q, r, s in zip(quantities, ratio["reconstructions"], ratio["samples"], strict=True)
-        ],
-    )
+    page.table(["quantity", "real", "reconstructions", "samples"], physics_rows(metrics["physics"]))
     page.picture(spectra(sets, config), "power spectra and noise law")
 
     runs = {"stage 2": model / "metrics.csv"}

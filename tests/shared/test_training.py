@@ -1,6 +1,7 @@
 """The loop: resumed is uninterrupted, bit by bit; what a user does wrong is said; nothing good is overwritten."""
 
 import csv
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,11 +102,14 @@ def test_killed_and_resumed_ends_bit_identical(data: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_where_it_is_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_where_it_is_and_says_how_to_go_on(
+    data: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     train(config(data, tmp_path, "whole"))
     stopped = config(data, tmp_path, "stopped")
-    process = killed_at(7, signal.SIGINT, stopped)
-    assert process.returncode == 130
+    process = killed_at(7, number, stopped)
+    assert process.returncode == code
     assert "step 7 of 12" in process.stderr + process.stdout
     assert "Traceback" not in process.stderr
     assert torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)["global_step"] == 7
@@ -114,6 +118,14 @@ def test_ctrl_c_saves_where_it_is_and_says_how_to_go_on(data: Path, tmp_path: Pa
     with open(tmp_path / "stopped" / "metrics.csv") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
     assert steps == [3, 6, 9, 12]
+
+
+def test_killed_after_the_last_step_publishes_the_same_bits(data: Path, tmp_path: Path) -> None:
+    model = train(config(data, tmp_path))
+    whole = (model / "model.safetensors").read_bytes()
+    shutil.rmtree(model)
+    train(config(data, tmp_path))
+    assert (model / "model.safetensors").read_bytes() == whole
 
 
 def test_a_complete_run_is_left_alone(data: Path, tmp_path: Path) -> None:
