@@ -48,10 +48,10 @@ def publish(folder: Path, kind: str, config: dict[str, Any], state: dict[str, Te
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors says that a disk is full
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"cannot write the model {folder}: {error.strerror or error}; the same command tries again"
+            f"cannot write the model {folder}: {getattr(error, 'strerror', None) or error}; the same command tries again"
         ) from error
 
 
@@ -147,10 +147,15 @@ def load_autoencoder(
         raise UserError(
             f"{path} was trained on images of shape {model.image_shape}, the data have {tuple(image_shape)}"
         )
+    require_units(model, value_range, path)
+    return model, config["autoencoder"]
+
+
+def require_units(model: Autoencoder, value_range: tuple[float, float], what: str) -> None:
+    """Refuse data whose range is so different from that of a model's that they must be in other units."""
     low, high = model.transform.low, model.transform.high
     if abs(low - value_range[0]) + abs(high - value_range[1]) > 0.2 * (high - low):
-        raise UserError(f"{path} was trained on values in [{low:g}, {high:g}], the data have {list(value_range)}")
-    return model, config["autoencoder"]
+        raise UserError(f"{what} was trained on values in [{low:g}, {high:g}], the data have {list(value_range)}")
 
 
 def fingerprint(path: str | Path) -> str:

@@ -1,7 +1,8 @@
 """Muon: momentum whose update is orthogonalised, for weight matrices; AdamW for everything else.
 
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon), with the step scaled as in Liu et al. 2025 (arXiv 2502.16982,
-Eq. 4), so that one learning rate serves both.
+Eq. 4), so that one learning rate serves both. Unlike there, the first and the last layer and joined q, k, v are
+orthogonalised too: they are layers like others in networks this small.
 """
 
 from collections.abc import Callable

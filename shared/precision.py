@@ -1,6 +1,10 @@
 """Which device, and bf16 or fp32: what a machine has and is fast at, for use outside a Trainer."""
 
+import os
+
 import torch
+
+from shared.errors import UserError
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -9,8 +13,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def choose_device(accelerator: str = "auto") -> torch.device:
-    """The device that a config's trainer.accelerator means on this machine."""
-    return torch.device("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
+    """The device that a config's trainer.accelerator means on this machine, for this process of torchrun's."""
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        if accelerator == "gpu":
+            raise UserError(
+                "trainer.accelerator is gpu, but torch finds no GPU: use auto or cpu, or look at its driver"
+            )
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def resolve_precision(precision: str, accelerator: str = "auto") -> str:

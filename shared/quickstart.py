@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import parse_arguments
+from shared.errors import UserError
 from shared.schema import Quickstart
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = parse_arguments(argv, Quickstart, __doc__, default_config="quickstart.yaml")
+    config, resume = parse_arguments(argv, Quickstart, __doc__, default_config="quickstart.yaml")
     stage1, stage2 = config.stages()  # a mistake in either is reported before the first part starts
     out = Path(config.output) / config.name
     model = f"{stage2.output}/{stage2.name}"
@@ -28,11 +29,11 @@ def main(argv: list[str] | None = None) -> None:
             config
         ),
         f"stage 1: train the autoencoder, {stage1.trainer.max_steps} steps": lambda: script("stage1_vqvae.pipeline")(
-            stage1
+            stage1, resume
         ),
         f"stage 2: train the diffusion model, {stage2.trainer.max_steps} steps": lambda: script(
             "stage2_diffusion.pipeline"
-        )(stage2),
+        )(stage2, resume),
         f"sample {config.samples.count} lenses": lambda: script("stage2_diffusion.sample", "main")([model, *samples]),
         f"score {config.evaluate.count} of them and write the report": lambda: script(
             "stage2_diffusion.evaluate", "main"
@@ -63,9 +64,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def simulate(config: Quickstart) -> None:
+    from shared.data import LensImages
     from shared.simulate import Preset, simulate_to
 
     simulate_to(Path(config.data.path), Preset.load(config.data.preset), config.data.count, config.seed)
+    most = len(LensImages(config.data.path).split("test")) // 2
+    if config.evaluate.count > most:
+        raise UserError(
+            f"{config.data.path} has test images for an evaluate.count of {most}, not {config.evaluate.count}: "
+            "lower it, or raise data.count"
+        )
 
 
 def script(module: str, function: str = "train") -> Callable[..., Any]:

@@ -50,7 +50,9 @@ def save_grid(
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_text("parameters", json.dumps(metadata))
-    grid(images, **options).save(path, pnginfo=info)
+    buffer = io.BytesIO()
+    grid(images, **options).save(buffer, "PNG", pnginfo=info)
+    write_atomically(path, buffer.getvalue())
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

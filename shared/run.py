@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from shared.checkpoint import read_config
 from shared.config import to_dict, to_yaml
 from shared.errors import UserError
 from shared.files import write_atomically
@@ -14,6 +15,11 @@ from shared.files import write_atomically
 # What may differ between a run and its continuation without making it another run.
 HARMLESS = ("output", "logger", "trainer.log_every", "trainer.checkpoint_every", "trainer.validate_every",
             "trainer.progress", "trainer.compile", "sampling")  # fmt: skip
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes: torchrun numbers its own, one that it did not start is alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Run:
@@ -34,10 +40,27 @@ class Run:
                 if resume == "never":
                     raise UserError(f"{self.folder} holds a run: choose another name (--name), or drop --resume never")
                 self._same_run(saved)
-            if os.environ.get("RANK", "0") == "0":  # torchrun's; one process otherwise
+            if is_main_process():
                 write_atomically(saved, to_yaml(config).encode())
         except OSError as error:
             raise UserError(f"cannot write the run's folder {self.folder}: {error.strerror or error}") from error
+
+    def is_complete(self, fingerprint: dict[str, str]) -> bool:
+        """Whether the model is published. UserError if it, or the checkpoint, was made from something else.
+
+        fingerprint   what must not change between a run and its continuation, beyond the config: the data, the autoencoder
+        """
+        if not (self.model / "config.json").exists():
+            return False
+        self.compare(read_config(self.model).get("fingerprint", {}), fingerprint)
+        return True
+
+    def compare(self, found: dict[str, str], fingerprint: dict[str, str]) -> None:
+        for what, now in fingerprint.items():
+            if found.get(what) != now:
+                raise UserError(
+                    f"{self.folder} was trained with another {what}: choose another name (--name) or delete {self.folder}"
+                )
 
     def _same_run(self, saved: Path) -> None:
         try:

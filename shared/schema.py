@@ -52,7 +52,7 @@ class VQ(Block):
     commitment_weight: float = key(0.25, "pull of the encoder towards its codes", ge=0)
     kmeans_init: bool = key(True, "start the codes at the cluster centres of the first batch")
     kmeans_iters: int = key(10, "iterations of that k-means", ge=1)
-    threshold_ema_dead_code: float = key(2, "reseed codes used less often than this a batch; 0: never", ge=0)
+    threshold_ema_dead_code: float = key(0.2, "reseed codes used less often than this a batch; 0: never", ge=0)
     rotation_trick: bool = key(True, "gradients by Fifty et al. 2024; false: straight through")
     warmup_steps: int = key(150, "steps the encoder learns before the quantiser acts", ge=0)
 
@@ -62,7 +62,7 @@ class FSQ(Block):
 
     name: Literal["fsq"] = "fsq"
     levels: Annotated[tuple[Annotated[int, Field(ge=3)], ...], Strict(False), Field(min_length=1)] = key(
-        (8, 8, 8, 5, 5), "levels of each dimension; the codes are their product"
+        (16, 16, 16, 16, 16), "levels of each dimension; best one for each latent channel"
     )
 
 
@@ -79,11 +79,21 @@ class VQVAE(Block):
     stem: int = key(5, "first downsampling, without loss (PixelUnshuffle); 150 is divisible by 5", ge=1)
     strides: Annotated[Counts, Field(min_length=0)] = key((2,), "further downsampling: 5 x 2 makes 150 -> 15")
     widths: Counts = key((64, 128), "channels on each grid, fine to coarse: one more than strides; 8 divides")
-    encoder_blocks: int = key(2, "residual blocks a grid", ge=1)
+    encoder_blocks: int = key(1, "residual blocks a grid", ge=1)
     decoder_blocks: int = key(3, "residual blocks a grid", ge=1)
-    latent_channels: int = key(8, "what stage 2 sees is this many channels of 15 x 15", ge=1)
+    latent_channels: int = key(5, "what stage 2 sees is this many channels of 15 x 15", ge=1)
     quantizer: Annotated[VQ | FSQ | NoQuantizer, Field(discriminator="name")] = VQ()
     latents: Literal["continuous", "quantized"] = key("continuous", "diffused: before the quantiser or after")
+
+    @field_validator("latents")
+    @classmethod
+    def _codes_are_latents(cls, latents: str, info: ValidationInfo) -> str:
+        quantizer, channels = info.data.get("quantizer"), info.data.get("latent_channels")
+        direct = getattr(quantizer, "codebook_dim", None) is None and (
+            not isinstance(quantizer, FSQ) or len(quantizer.levels) == channels
+        )
+        what = "quantized needs codes with as many dimensions as latent_channels: then a code is a latent"
+        return _check(latents, latents == "continuous" or direct, what)
 
     @field_validator("widths")
     @classmethod
@@ -99,7 +109,7 @@ class Loss(Block):
     l1: float = key(1.0, "mean absolute error", ge=0)
     stretched: float = key(0.3, "the same after asinh, for faint arcs", ge=0)
     mse: float = key(10.0, "mean squared error", ge=0)
-    chi: float = key(0.0, "residuals in units of the pixel noise, robust", ge=0)
+    chi: float = key(0.05, "residuals in units of the pixel noise, robust", ge=0)
 
     @model_validator(mode="after")
     def _something(self) -> "Loss":
@@ -185,14 +195,14 @@ class Sampling(Block):
 
 class Data(Block):
     path: str = key(..., "folder made by `lens-ldm simulate` or `lens-ldm prepare`", min_length=1)
-    batch_size: int = key(32, "images a step, over all devices", ge=1)
+    batch_size: int = key(8, "images a step, over all devices", ge=1)
 
 
 class Optimizer(Block):
     """Muon for the weights of layers, AdamW for the rest; or AdamW for all."""
 
     name: Literal["muon", "adamw"] = key("muon", "Muon orthogonalises the steps of matrices")
-    lr: float = key(1e-3, "peak learning rate", gt=0)
+    lr: float = key(2e-3, "peak learning rate", gt=0)
     betas: Annotated[tuple[Share, Share], Strict(False)] = key((0.9, 0.99), "of Adam's two averages")
     weight_decay: float = key(0.0, "of matrices and kernels alone", ge=0)
     warmup_steps: int = key(100, "linear rise from 0", ge=0)
@@ -205,10 +215,9 @@ class EMA(Block):
 
 
 class Trainer(Block):
-    max_steps: int = key(2000, "optimiser steps", ge=1)
+    max_steps: int = key(5000, "optimiser steps", ge=1)
     precision: Literal["auto", "bf16", "fp32"] = key("auto", "auto: mixed bf16 where the hardware has it")
     accelerator: Literal["auto", "cpu", "gpu"] = key("auto", "auto: a GPU where there is one")
-    devices: Annotated[int, Field(ge=1)] | Literal["auto"] = key("auto", "auto: all GPUs, or one CPU process")
     channels_last: bool = key(True, "memory format of images; faster convolutions")
     compile: bool = key(False, "torch.compile: a minute once, then faster steps on a GPU")
     log_every: int = key(25, "steps between rows of metrics.csv", ge=1)

@@ -34,7 +34,7 @@ from shared.errors import UserError
 from shared.files import write_atomically
 from shared.optimizer import build_optimizer
 from shared.precision import resolve_precision
-from shared.run import Run
+from shared.run import Run, is_main_process
 
 
 class EMA(nn.Module):
@@ -47,13 +47,16 @@ class EMA(nn.Module):
         super().__init__()
         self.decay = decay
         self.module = deepcopy(network).requires_grad_(False).eval()
+        # The others are constants, such as the grid of a million codes of FSQ.
+        self.learned = [name for name, _ in network.named_buffers() if name in network.state_dict()]
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), weight)
-        for mine, theirs in zip(self.module.buffers(), network.buffers(), strict=True):
-            mine.copy_(theirs)
+        mine, theirs = dict(self.module.named_buffers()), dict(network.named_buffers())
+        for name in self.learned:
+            mine[name].copy_(theirs[name])
 
     def train(self, mode: bool = True) -> "EMA":
         return super().train(False)  # a quantiser in train mode would go on learning
@@ -82,6 +85,11 @@ class StageModule(lightning.LightningModule):
         self.config, self.batches, self.count = config, batches, count
         self.network = network
         self.ema = EMA(network, config.ema.decay) if config.ema.decay > 0 else None
+
+    @property
+    def compiled_part(self) -> nn.Module:
+        """What trainer.compile compiles: a module that the loss calls, for calling one of its methods compiles nothing."""
+        return self.network
 
     @property
     def shadow(self) -> nn.Module:
@@ -186,8 +194,9 @@ class Monitor(Callback):
             loss = float(outputs["loss"])
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss of {self.config.name} became {loss} at step {step}: the last checkpoint is kept; "
-                    f"lower optimizer.lr (now {self.config.optimizer.lr}) or use trainer.precision fp32"
+                    f"the loss of {self.config.name} became {loss} at step {step}: its last checkpoint is kept, but would "
+                    f"meet the same end; start again with another --name and a lower --optimizer.lr (now "
+                    f"{self.config.optimizer.lr}), or with --trainer.precision fp32"
                 )
             now = time.perf_counter()
             speed = (step - self.mark[0]) * len(batch) * trainer.world_size / max(1e-9, now - self.mark[1])
@@ -223,19 +232,14 @@ class Checkpoint(Callback):
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["fingerprint"] = self.fingerprint
 
-    def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
-        for what, now in self.fingerprint.items():
-            if checkpoint.get("fingerprint", {}).get(what) != now:
-                raise UserError(
-                    f"{self.path} was trained with another {what}: choose another name (--name) or delete {self.path.parent}"
-                )
-
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        stop = bool(trainer.strategy.broadcast(self.stopped_by) if trainer.world_size > 1 else self.stopped_by)
-        if stop or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            if bool(torch.isfinite(outputs["loss"])):  # a checkpoint that cannot go on must not replace one that can
+        if trainer.world_size > 1:
+            self.stopped_by = trainer.strategy.broadcast(self.stopped_by)
+        if self.stopped_by or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            # A checkpoint that cannot go on must not replace one that can. All processes have the same parameters.
+            if all(bool(parameter.isfinite().all()) for parameter in module.network.parameters()):
                 self._save(trainer)
-            trainer.should_stop = trainer.should_stop or stop
+            trainer.should_stop = trainer.should_stop or bool(self.stopped_by)
 
     def _save(self, trainer: Any) -> None:
         temporary = self.path.with_suffix(".tmp")
@@ -327,24 +331,26 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
     """
     t = run.config.trainer
     quiet()
-    start = checkpoint_step(run.last)
+    start = checkpoint_step(run, fingerprint)
     if t.channels_last:
         module.to(memory_format=torch.channels_last)
     if start >= t.max_steps:
         module.load_state_dict(torch.load(run.last, weights_only=True, map_location="cpu")["state_dict"])
         return
     if t.compile:
-        module.network.compile()
+        module.compiled_part.compile()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     loggers: list[Logger] = [CSVLog(run.folder / "metrics.csv", start)]
-    if os.environ.get("RANK", "0") == "0" and (online := wandb_logger(run.config, run)):
+    if is_main_process() and (online := wandb_logger(run.config, run)):
         loggers.append(online)
     checkpoint = Checkpoint(run.config, run, fingerprint)
     trainer = lightning.Trainer(
         accelerator=t.accelerator,
-        devices=int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else t.devices,
+        # Several devices are torchrun's to start: Lightning would start this whole command again in each process.
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", world)),
         num_nodes=world // int(os.environ.get("LOCAL_WORLD_SIZE", world)),
-        strategy="ddp" if world > 1 or (isinstance(t.devices, int) and t.devices > 1) else "auto",
+        # While a quantiser is not acting yet, its own parameters have no gradient.
+        strategy="ddp_find_unused_parameters_true" if world > 1 else "auto",
         precision="bf16-mixed" if resolve_precision(t.precision, t.accelerator) == "bf16" else "32-true",
         max_steps=t.max_steps,
         max_epochs=-1,
@@ -370,21 +376,26 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, before[number])
-    if checkpoint.stopped_by:
+    if checkpoint.stopped_by or trainer.global_step < t.max_steps:
         tqdm.write(
             f"{run.config.name} stopped at step {trainer.global_step} of {t.max_steps}; the same command goes on"
         )
-        raise SystemExit(128 + checkpoint.stopped_by)
+        raise SystemExit(128 + (checkpoint.stopped_by or signal.SIGTERM))
 
 
-def checkpoint_step(path: Path) -> int:
-    """The step at which last.ckpt was written; 0 where there is none."""
-    if not path.exists():
+def checkpoint_step(run: Run, fingerprint: dict[str, str]) -> int:
+    """The step at which last.ckpt was written; 0 where there is none. UserError if it is not of this fingerprint."""
+    if not run.last.exists():
         return 0
     try:
-        return int(torch.load(path, weights_only=True, map_location="cpu")["global_step"])
+        checkpoint = torch.load(run.last, weights_only=True, map_location="cpu")
+        step, found = int(checkpoint["global_step"]), dict(checkpoint["fingerprint"])
     except Exception as error:  # torch raises many kinds for a truncated or foreign file
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): delete it to start this run again") from error
+        raise UserError(
+            f"{run.last} cannot be read ({type(error).__name__}): delete it to start this run again"
+        ) from error
+    run.compare(found, fingerprint)
+    return step
 
 
 def quiet() -> None:

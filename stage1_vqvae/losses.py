@@ -18,8 +18,9 @@ def stretched_l1(output: Tensor, target: Tensor) -> Tensor:
 def chi(output: Tensor, target: Tensor, law: NoiseLaw, delta: float = 3.0) -> Tensor:
     """Residuals in units of the noise: quadratic up to about `delta` standard deviations, linear beyond (pseudo-Huber).
 
-    The noise is that of the output, without gradient: quasi-likelihood, whose optimum is the mean of the clean image,
-    where weights taken from the noisy target would be biased towards its low pixels.
+    The noise is that of the output, without gradient: quasi-likelihood, whose optimum is the mean of the clean image
+    but for the tail it takes linearly (0.4 % low at 10 counts a pixel), where weights taken from the noisy target would
+    be biased towards its low pixels.
     """
     residual = (output - target) / law.variance(output.detach()).sqrt().clamp_min(1e-6)
     return (delta**2 * ((1 + (residual / delta).square()).sqrt() - 1)).mean()

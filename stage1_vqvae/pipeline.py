@@ -12,7 +12,7 @@ from shared.data import LensImages
 from shared.errors import UserError
 from shared.precision import autocast, choose_device, resolve_precision
 from shared.registry import build
-from shared.run import Run
+from shared.run import Run, is_main_process
 from shared.schema import Stage1
 from shared.training import fit
 from stage1_vqvae.module import VQVAEModule
@@ -26,22 +26,24 @@ def train(config: Stage1, resume: str = "auto") -> Path:
     images = LensImages(config.data.path)
     if not len(images.split("validation")):
         raise UserError(f"{config.data.path} has {len(images)} images, none of them for validation: prepare more")
+    choose_device(config.trainer.accelerator)  # one that is not there is told now
+    fingerprint = {"data": images.fingerprint}
     run = Run(config, resume)
-    if (run.model / "config.json").exists():
+    if run.is_complete(fingerprint):
         tqdm.write(f"{run.folder} is complete")
         return run.model
     spec = to_dict(config)["autoencoder"]
     torch.manual_seed(config.seed)
     network = build("autoencoder", spec, image_shape=images.image_shape, value_range=images.value_range)
     module = VQVAEModule(config, network, images)
-    fit(module, run, {"data": images.fingerprint})
-    if module.local_rank == 0:
-        finish(module, images, run, spec)
+    fit(module, run, fingerprint)
+    if is_main_process():
+        finish(module, images, run, spec, fingerprint)
     return run.model
 
 
 @torch.no_grad()
-def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict) -> None:
+def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, fingerprint: dict[str, str]) -> None:
     """Freeze the trained network: noise law on validation images, latent statistics on training images, publication."""
     config = module.config
     autoencoder: VQVAE = module.shadow.eval()  # type: ignore[assignment]
@@ -73,7 +75,8 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict) -> Non
     published = {
         "autoencoder": autoencoder_config(autoencoder, spec),
         "precision": precision,
-        "data": {"name": images.name, "fingerprint": images.fingerprint, "images": len(train)},
+        "data": {"name": images.name, "images": len(train)},
+        "fingerprint": fingerprint,
         "metrics": metrics,
         "noise_curve": curve,
         "training": to_dict(config),

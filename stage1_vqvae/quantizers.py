@@ -5,6 +5,7 @@ commitment 1.0, no revival of dead codes. Each runs in float32: in bfloat16 FSQ 
 """
 
 import math
+import os
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ class Quantizer(nn.Module):
 
     def quantize(self, raw: Tensor) -> Quantized:
         raise NotImplementedError
+
+    def snap(self, codes: Tensor) -> Tensor:
+        """Values near codes, such as generated ones (N, c, h, w) -> those codes. It leaves codes as they are."""
+        return self(codes)[0]
 
     def forward(self, raw: Tensor) -> Quantized:
         """raw (N, c, h, w) -> quantised (N, c, h, w), indices (N, h, w) int64, loss ()."""
@@ -42,7 +47,7 @@ class VQ(Quantizer):
         commitment_weight: float = 0.25,
         kmeans_init: bool = True,
         kmeans_iters: int = 10,
-        threshold_ema_dead_code: float = 2,
+        threshold_ema_dead_code: float = 0.2,
         rotation_trick: bool = True,
         warmup_steps: int = 150,
     ) -> None:
@@ -59,6 +64,8 @@ class VQ(Quantizer):
             threshold_ema_dead_code=threshold_ema_dead_code,
             rotation_trick=rotation_trick,
             accept_image_fmap=True,
+            # It would look for a process group itself, but Lightning makes one only later; torchrun sets this before.
+            sync_codebook=int(os.environ.get("WORLD_SIZE", "1")) > 1,
         )
 
     def quantize(self, raw: Tensor) -> Quantized:
@@ -67,16 +74,27 @@ class VQ(Quantizer):
 
 
 class FiniteScalar(Quantizer):
-    """FSQ (Mentzer et al. 2023): each of a few channels is rounded to a few levels; no codebook, nothing to collapse."""
+    """FSQ (Mentzer et al. 2023): each of a few channels is rounded to a few levels; no codebook, nothing to collapse.
 
-    def __init__(self, channels: int, *, levels: tuple[int, ...] = (8, 8, 8, 5, 5)) -> None:
+    With fewer levels than channels a linear map comes first, and stage 2 learns channels that the decoder never sees.
+    """
+
+    def __init__(self, channels: int, *, levels: tuple[int, ...] = (16, 16, 16, 16, 16)) -> None:
         super().__init__()
         self.codes = math.prod(levels)
         self.fsq = FSQ(list(levels), dim=channels)
+        self.levels: Tensor
+        self.register_buffer("levels", torch.tensor(levels)[:, None, None], persistent=False)
 
     def quantize(self, raw: Tensor) -> Quantized:
         quantized, indices = self.fsq(raw)
         return quantized, indices.long(), raw.new_zeros(())
+
+    def snap(self, codes: Tensor) -> Tensor:
+        # Not `quantize`, whose tanh would push a code outside the middle to the next one.
+        half = self.levels // 2
+        step = (codes.float() * half).round()
+        return torch.minimum(torch.maximum(step, -half), self.levels - 1 - half) / half
 
 
 class NoQuantizer(Quantizer):

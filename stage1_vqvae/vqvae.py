@@ -77,9 +77,9 @@ class VQVAE(Autoencoder):
         stem: int = 5,
         strides: Sequence[int] = (2,),
         widths: Sequence[int] = (64, 128),
-        encoder_blocks: int = 2,
+        encoder_blocks: int = 1,
         decoder_blocks: int = 3,
-        latent_channels: int = 8,
+        latent_channels: int = 5,
         quantizer: dict[str, Any],
         latents: str = "continuous",
     ) -> None:
@@ -108,7 +108,7 @@ class VQVAE(Autoencoder):
         return self.quantizer(raw)[0] if self.latents == "quantized" else raw
 
     def from_raw(self, raw: Tensor) -> Tensor:
-        return self._image(self.quantizer(raw)[0])
+        return self._image(self.quantizer.snap(raw) if self.latents == "quantized" else self.quantizer(raw)[0])
 
     def observe(self, clean: Tensor, generator: Generators = None) -> Tensor:
         low, high = self.transform.low, self.transform.high

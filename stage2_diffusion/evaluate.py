@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.checkpoint import versions
+from shared.checkpoint import require_units, versions
 from shared.cli import guard
 from shared.data import LensImages
 from shared.errors import UserError
@@ -30,7 +30,7 @@ from shared.metrics import efficientnet, fid, physics
 from shared.registry import names
 from shared.report import Report, grid, loss_curves, panels, rasterise
 from stage2_diffusion.generator import Generator
-from stage2_diffusion.sample import check_device, draw, make_folder, positive
+from stage2_diffusion.sample import check_device, draw, make_folder, positive, seed_range
 
 LARGEST = 2500  # images a side by default: 1/n has fallen below the differences of interest
 NOISE_SEEDS = 1 << 31  # of the reconstructions' pixel noise, away from those of samples
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         "--count", type=positive, help=f"images a side (default: half the test split, at most {LARGEST})"
     )
     parser.add_argument("--samples", type=Path, help="samples.npz of this model, instead of drawing new ones")
-    parser.add_argument("--seed", type=int, default=0, help="of the first sample (default %(default)s)")
+    parser.add_argument("--seed", type=int, help="of the first sample (default: 0)")
     parser.add_argument("--steps", type=positive, help="evaluations of the network a lens (default: the model's)")
     parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
     parser.add_argument("--fid", action="store_true", help="also `fid` on Inception features; needs their weights")
@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder (default: evaluation/ beside the model)")
     a = parser.parse_args(argv)
 
+    if a.samples and (given := [k for k in ("seed", "steps", "sampler") if getattr(a, k) is not None]):
+        raise UserError(f"--{given[0]} says how to draw samples, and --samples brings them: give one of the two")
     # Whatever can be wrong is found before the first minute of work.
     networks: list[fid.Network] = [efficientnet.efficientnet_lite0()]
     if a.fid or a.inception_weights or a.download:
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         samples, sampling = read_samples(a.samples, count, generator)
     else:
         sampling = {k: getattr(a, k) or generator.defaults[k] for k in ("sampler", "steps")}
-        samples = draw(generator, range(a.seed, a.seed + count), **sampling)
+        samples = draw(generator, seed_range(a.seed or 0, count), **sampling)
 
     metrics, pictures = evaluate(generator, reference, samples, networks)
     metrics |= {"model": a.model, "reference": str(a.reference), "sampling": sampling, "versions": versions()}
@@ -90,6 +92,7 @@ def check_reference(generator: Generator, reference: LensImages, name: str, coun
         raise UserError(
             f"the model makes images {generator.autoencoder.image_shape}, {name} has {reference.image_shape}"
         )
+    require_units(generator.autoencoder, reference.value_range, f"the model of {generator.config['data']['name']}")
     most = len(reference.split("test")) // 2
     if most < 2 or (count or 2) > most:
         raise UserError(
@@ -108,6 +111,8 @@ def read_samples(path: Path, count: int, generator: Generator) -> tuple[Tensor, 
         raise UserError(f"{path} is no samples.npz of `lens-ldm sample` ({error}): draw the samples again") from error
     if metadata.get("weights_sha256") != generator.config["sha256"]:
         raise UserError(f"{path} was drawn from another model ({metadata.get('model')}): draw the samples again")
+    if not metadata["observed"]:
+        raise UserError(f"{path} holds clean images, which real ones are not: draw the samples without --clean")
     if len(images) < count:
         raise UserError(f"{path} holds {len(images)} samples, {count} are to be scored: draw more, or lower --count")
     return torch.from_numpy(images[:count]), {k: metadata[k] for k in ("sampler", "steps", "lenses_per_second")}

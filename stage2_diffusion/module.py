@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.autoencoder import Autoencoder
 from shared.report import save_grid
@@ -33,6 +33,10 @@ class DiffusionModule(StageModule):
         # In a tuple, so that Lightning neither trains, moves nor saves what is frozen.
         self.frozen = (autoencoder,)
         self.sampling_precision = precision
+
+    @property
+    def compiled_part(self) -> nn.Module:
+        return self.network.backbone
 
     def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self.network.loss(batch).mean(), {}

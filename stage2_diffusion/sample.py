@@ -44,11 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder (default %(default)s)")
     a = parser.parse_args(argv)
-    if not 0 <= a.seed <= SEEDS - a.count:
-        raise UserError(f"--seed {a.seed}: seeds run from 0 to {SEEDS - 1}, and {a.count} of them are needed")
-
+    seeds = seed_range(a.seed, a.count)
     generator = Generator.from_pretrained(a.model, check_device(a.device))
-    seeds = range(a.seed, a.seed + a.count)
     settings = {"sampler": a.sampler or generator.defaults["sampler"], "steps": a.steps or generator.defaults["steps"]}
     make_folder(a.out)
     started = time.perf_counter()
@@ -63,6 +60,12 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{a.out / 'samples.npz'}, {a.out / 'grid.png'}: {a.count} lenses in {seconds:.1f} s ({a.count / seconds:.1f} a second)"
     )
+
+
+def seed_range(first: int, count: int) -> range:
+    if not 0 <= first <= SEEDS - count:
+        raise UserError(f"--seed {first}: seeds run from 0 to {SEEDS - 1}, and {count} of them are needed")
+    return range(first, first + count)
 
 
 def draw(generator: Generator, seeds: range, progress: bool = True, **options: Any) -> Tensor:

@@ -161,6 +161,15 @@ def test_a_users_mistakes_get_one_clear_line(at_home: Path, capsys: pytest.Captu
         capsys, "evaluate", "checkpoints/smoke-stage2", "--reference", "data/smoke", "--count", "5000"
     )
     assert "lens-ldm prepare" in fails(capsys, "evaluate", "checkpoints/smoke-stage2", "--reference", "data/none")
+    shutil.copy("checkpoints/smoke/samples.npz", "clean.npz")
+    with np.load("clean.npz", allow_pickle=False) as file:
+        arrays = dict(file)
+    arrays["metadata"] = np.asarray(json.dumps({**json.loads(str(arrays["metadata"])), "observed": False}))
+    np.savez("clean.npz", **arrays)
+    score = ("evaluate", "checkpoints/smoke-stage2", "--reference", "data/smoke", "--count", "16")
+    assert "without --clean" in fails(capsys, *score, "--samples", "clean.npz")
+    assert "give one of the two" in fails(capsys, *score, "--samples", "clean.npz", "--steps", "3")
+    assert "seeds run from 0" in fails(capsys, *score, "--seed", "-1")
     assert "none at" in fails(
         capsys, "evaluate", "checkpoints/smoke-stage2", "--reference", "data/smoke", "--inception-weights", "none.pth"
     )
@@ -193,14 +202,24 @@ def test_a_typo_is_told_before_torch_is_imported(tmp_path: Path) -> None:
         assert not imported & {"torch", "lightning", "numpy"}
 
 
-def test_two_processes_train_as_torchrun_starts_them(at_home: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("stage1_vqvae", ["--config", "stage1/vqvae.yaml", "--autoencoder.widths", "[8, 8]",
+                          "--autoencoder.quantizer.codebook_size", "8", "--autoencoder.quantizer.codebook_dim", "2",
+                          "--autoencoder.quantizer.warmup_steps", "2"]),
+        ("stage2_diffusion", ["--config", "stage2/unet.yaml", "--autoencoder", "checkpoints/smoke-stage1",
+                              "--backbone.width", "8", "--backbone.blocks", "1", "--backbone.heads", "1"]),
+    ],
+    ids=["stage1", "stage2"],
+)  # fmt: skip
+def test_two_processes_train_as_torchrun_starts_them(at_home: Path, stage: str, options: list[str]) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        str(ROOT / "stage2_diffusion" / "train.py"), "--config", "stage2/unet.yaml", "--name", "ddp",
-        "--data.path", "data/smoke", "--data.batch_size", "8", "--autoencoder", "checkpoints/smoke-stage1",
-        "--backbone.width", "8", "--backbone.blocks", "1", "--backbone.heads", "1", "--trainer.max_steps", "4",
-        "--trainer.accelerator", "cpu", "--logger.wandb", "disabled",
+        str(ROOT / stage / "train.py"), *options, "--name", f"ddp-{stage}", "--data.path", "data/smoke",
+        "--data.batch_size", "8", "--trainer.max_steps", "4", "--trainer.accelerator", "cpu",
+        "--logger.wandb", "disabled",
     ]  # fmt: skip
     process = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert (at_home / "checkpoints/ddp/model/model.safetensors").exists()
+    assert (at_home / f"checkpoints/ddp-{stage}/model/model.safetensors").exists()

@@ -1,6 +1,7 @@
 """The loop: resumed is uninterrupted, bit by bit; what a user does wrong is said; nothing good is overwritten."""
 
 import csv
+import json
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from shared.config import load_config
@@ -141,15 +143,26 @@ def test_a_complete_run_is_left_alone(data: Path, tmp_path: Path) -> None:
 def test_another_config_or_other_data_are_not_mixed_into_a_run(data: Path, tmp_path: Path) -> None:
     c = config(data, tmp_path)
     train(c)
-    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.001 -> 0\.002"):
-        train(config(data, tmp_path, optimizer__lr=0.002))
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.002 -> 0\.003"):
+        train(config(data, tmp_path, optimizer__lr=0.003))
     train(config(data, tmp_path, trainer__log_every=5))  # what changes no weight may change
     (tmp_path / "run" / "model").rename(tmp_path / "elsewhere")
     checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     checkpoint["fingerprint"]["data"] = "other"
-    checkpoint["global_step"] = 4
-    torch.save(checkpoint, tmp_path / "run" / "last.ckpt")
-    with pytest.raises(UserError, match="another data"):
+    for step in (4, 12):  # unfinished, and trained to the end but not published
+        checkpoint["global_step"] = step
+        torch.save(checkpoint, tmp_path / "run" / "last.ckpt")
+        with pytest.raises(UserError, match="another data"):
+            train(c)
+
+
+def test_a_published_model_of_other_data_is_not_taken_for_this_one(data: Path, tmp_path: Path) -> None:
+    c = config(data, tmp_path)
+    path = train(c) / "config.json"
+    published = json.loads(path.read_text())
+    published["fingerprint"]["data"] = "other"
+    path.write_text(json.dumps(published))
+    with pytest.raises(UserError, match="run was trained with another data"):
         train(c)
 
 
@@ -166,6 +179,31 @@ def test_fewer_images_than_a_batch(data: Path, tmp_path: Path) -> None:
         train(config(data, tmp_path, data__batch_size=500))
 
 
+def test_compile_reaches_what_the_loss_calls(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    train(config(data, tmp_path, trainer__compile=True))
+    assert [type(module).__name__ for module in compiled] == ["VQVAE"]
+
+
+def test_an_accelerator_that_is_not_there_is_told_at_once(data: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=r"trainer\.accelerator is gpu, but torch finds no GPU"):
+        train(config(data, tmp_path, trainer__accelerator="gpu"))
+
+
+def test_a_full_disk_at_publication_is_told(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("shared.checkpoint.save_file", full)
+    with pytest.raises(UserError, match=r"cannot write the model .* No space left"):
+        train(config(data, tmp_path))
+    monkeypatch.undo()
+    train(config(data, tmp_path))
+
+
 class Exploding(StageModule):
     def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         scale = 1.0 if self.trainer.global_step < 5 else float("nan")
@@ -179,7 +217,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_good_checkpoint(da
     c, images = config(data, tmp_path), LensImages(data)
     run = Run(c)
     module = Exploding(c, nn.Conv2d(1, 1, 3), lambda i: images.batch(i.numpy()), 100)
-    with pytest.raises(UserError, match=r"became nan at step 6.*lower optimizer\.lr"):
+    with pytest.raises(UserError, match=r"became nan at step 6.*lower --optimizer\.lr"):
         fit(module, run, {})
     state = weights(run.folder)
     assert torch.load(run.last, weights_only=True)["global_step"] == 4
@@ -216,6 +254,15 @@ def test_ema_averages_parameters_and_copies_buffers() -> None:
     assert torch.allclose(ema.module.weight, torch.full((2,), 0.9 * 1 + 0.1 * 3))
     assert torch.equal(ema.module.running_mean, network.running_mean)
     assert not any(m.training for m in ema.train().modules())
+
+
+def test_ema_leaves_constants_alone() -> None:
+    network = nn.Linear(2, 2)
+    network.register_buffer("constant", torch.zeros(3), persistent=False)
+    ema = EMA(network, 0.9)
+    network.constant.fill_(1.0)
+    ema.update(network, step=1)
+    assert torch.equal(ema.module.constant, torch.zeros(3))
 
 
 def test_learning_rate_rises_then_falls_to_a_hundredth() -> None:

@@ -51,6 +51,26 @@ def test_continuous_latents_are_quantised_in_the_decoder(spec: dict) -> None:
         assert torch.allclose(after.to_raw(after.transform(images)), quantized, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "spec", [{"name": "vq", "codebook_size": 16}, {"name": "fsq", "levels": [5, 16, 8, 3]}, {"name": "none"}],
+    ids=lambda s: s["name"],
+)  # fmt: skip
+def test_quantised_latents_decode_to_what_was_trained(spec: dict) -> None:
+    model, images = small(quantizer=spec, latents="quantized"), torch.rand(6, 1, 30, 30)
+    with torch.no_grad():
+        model.encoder[-1].weight.mul_(20)  # to the outermost codes, which a second tanh would move most
+        model.fit_latents([images])
+        trained = model.transform.inverse(model(model.transform(images))[0])
+        assert torch.allclose(model.decode(model.encode(images), observed=False), trained, atol=1e-5)
+
+
+def test_values_off_the_grid_snap_to_the_nearest_level() -> None:
+    quantizer = FiniteScalar(2, levels=(4, 5))
+    values = torch.tensor([[-9.0, -0.6, 0.2, 0.49], [-9.0, 0.3, 0.8, 9.0]]).reshape(1, 2, 1, 4)
+    expected = torch.tensor([[-1.0, -0.5, 0.0, 0.5], [-1.0, 0.5, 1.0, 1.0]]).reshape(1, 2, 1, 4)
+    assert torch.equal(quantizer.snap(values), expected)
+
+
 @pytest.mark.parametrize("spec", QUANTIZERS, ids=lambda s: s["name"])
 def test_encoding_and_decoding_change_no_state(spec: dict) -> None:
     model = small(quantizer=spec)

@@ -142,6 +142,12 @@ def test_the_ratio_is_one_for_real_images_and_grows_with_the_error():
     assert found["y"]["ratio"] < 2.5
 
 
+def test_perfect_reconstructions_score_one_though_they_are_half_of_the_real_images():
+    rng = np.random.default_rng(0)
+    pairs = [({"x": rng.normal(0, 1, 300)}, {"x": rng.normal(0, 1, 300)}) for _ in range(30)]
+    assert np.mean([compare(a, b, b)["x"]["ratio"] for a, b in pairs]) == pytest.approx(1, abs=0.2)
+
+
 def test_the_floor_is_a_mean_over_splits_and_not_the_given_one():
     values = np.arange(200.0)
     sorted_split = compare({"x": values[:100]}, {"x": values[100:]}, {"x": values[::2]})["x"]
