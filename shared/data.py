@@ -354,13 +354,16 @@ def _survey(images: np.ndarray) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    path, make = folder / INDEX, f"run `lens-ldm prepare FOLDER --out {folder}` or `lens-ldm simulate --out {folder}`"
+    path = folder / INDEX
+    make = f"run `lens-ldm prepare FOLDER --out {folder}` or `lens-ldm simulate --count 10000 --out {folder}`"
     if not folder.exists():
         raise UserError(f"no data set at {folder}: {make}")
     if not path.exists() and (folder / PROGRESS).exists():
         raise UserError(f"the data set at {folder} is unfinished: run the command that began it again, and it goes on")
     if not path.exists():
-        raise UserError(f"{folder} is not a prepared data set (it has no {INDEX}): {make}")
+        raise UserError(
+            f"{folder} is not a prepared data set (it has no {INDEX}): `lens-ldm prepare {folder} --out data/NAME`"
+        )
     if (version := _read_json(path, ("format",))["format"]) != FORMAT:
         raise UserError(f"{path} has format {version!r}, this version reads {FORMAT}: prepare it again")
     index = _read_json(path, ("name", "count", "image_shape", "source", "range", "hashes", "split"))

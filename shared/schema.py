@@ -157,8 +157,8 @@ class DiT(Block):
     """A transformer."""
 
     name: Literal["dit"] = "dit"
-    width: int = key(384, "of a token", ge=1)
-    depth: int = key(8, "transformer blocks", ge=1)
+    width: int = key(192, "of a token", ge=1)
+    depth: int = key(6, "transformer blocks", ge=1)
     heads: int = key(6, "of the attention; 4 x heads divides the width", ge=1)
     patch: int = key(1, "latent pixels on a token's side", ge=1)
     mlp_ratio: float = key(4.0, "hidden width of the MLP over the width", gt=0)
@@ -188,6 +188,7 @@ class Diffusion(Block):
 class Sampling(Block):
     sampler: Literal["ddpm", "ddim", "dpmpp", "ab2"] = key("ab2", "of previews; published as the default")
     steps: int = key(8, "network evaluations a sample", ge=1)
+    shift: float = key(3.0, "of the grid of times; above 1: shorter steps at high noise", gt=0)
 
 
 # --- both stages ------------------------------------------------------------------------------------------------------

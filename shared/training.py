@@ -36,6 +36,8 @@ from shared.optimizer import build_optimizer
 from shared.precision import resolve_precision
 from shared.run import Run, is_main_process
 
+SILENCE = 20.0  # seconds between lines of progress where there is no terminal
+
 
 class EMA(nn.Module):
     """A shadow of `network` whose parameters are an exponential moving average; its buffers are copies.
@@ -179,6 +181,7 @@ class Monitor(Callback):
         self.config, self.run = config, run
         self.bar: tqdm | None = None
         self.mark = (0, 0.0)
+        self.told = time.perf_counter()
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self.mark = (trainer.global_step, time.perf_counter())
@@ -206,6 +209,13 @@ class Monitor(Callback):
             self._log(trainer, {f"train/{k}": v for k, v in metrics.items()})
             if self.bar is not None:
                 self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
+                if t.progress and self.bar.disable and (now - self.told > SILENCE or step == t.max_steps):
+                    self.told = now  # no terminal for a bar: a line now and then
+                    left = (t.max_steps - step) * len(batch) * trainer.world_size / max(1e-9, speed) / 60
+                    print(
+                        f"step {step} of {t.max_steps}, loss {loss:.4f}, {speed:.0f} images/s, {left:.0f} min left",
+                        flush=True,
+                    )
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
         if trainer.is_global_zero and (step % t.validate_every == 0 or step == t.max_steps):

@@ -65,6 +65,6 @@ class VQVAEModule(StageModule):
         }
         if folder is not None:
             pairs = torch.stack([target[:8], output[:8], ((target - output)[:8] * 10 + 0.5).clamp(0, 1)])
-            title = f"step {self.trainer.global_step}: images, clean reconstructions, 10 × difference"
+            title = f"step {self.trainer.global_step}: images, clean reconstructions, difference x 10 (mid-scale is 0)"
             save_grid(folder / f"{self.trainer.global_step:07d}.png", pairs.flatten(0, 1).cpu(), columns=8, title=title)
         return metrics

@@ -30,7 +30,7 @@ from shared.metrics import efficientnet, fid, physics
 from shared.registry import names
 from shared.report import Report, grid, loss_curves, panels, rasterise
 from stage2_diffusion.generator import Generator
-from stage2_diffusion.sample import check_device, draw, make_folder, positive, seed_range
+from stage2_diffusion.sample import SETTINGS, above_zero, check_device, draw, make_folder, positive, seed_range
 
 LARGEST = 2500  # images a side by default: 1/n has fallen below the differences of interest
 NOISE_SEEDS = 1 << 31  # of the reconstructions' pixel noise, away from those of samples
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="of the first sample (default: 0)")
     parser.add_argument("--steps", type=positive, help="evaluations of the network a lens (default: the model's)")
     parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
+    parser.add_argument("--shift", type=above_zero, help="of the grid of times; above 1: shorter steps at high noise")
     parser.add_argument("--fid", action="store_true", help="also `fid` on Inception features; needs their weights")
     parser.add_argument("--inception-weights", type=Path, help="file of those weights; implies --fid")
     parser.add_argument("--download", action="store_true", help="fetch them once (91 MB); implies --fid")
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder (default: evaluation/ beside the model)")
     a = parser.parse_args(argv)
 
-    if a.samples and (given := [k for k in ("seed", "steps", "sampler") if getattr(a, k) is not None]):
+    if a.samples and (given := [k for k in ("seed", *SETTINGS) if getattr(a, k) is not None]):
         raise UserError(f"--{given[0]} says how to draw samples, and --samples brings them: give one of the two")
     # Whatever can be wrong is found before the first minute of work.
     networks: list[fid.Network] = [efficientnet.efficientnet_lite0()]
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     if a.samples:
         samples, sampling = read_samples(a.samples, count, generator)
     else:
-        sampling = {k: getattr(a, k) or generator.defaults[k] for k in ("sampler", "steps")}
+        sampling = {k: getattr(a, k) or generator.defaults[k] for k in SETTINGS}
         samples = draw(generator, seed_range(a.seed or 0, count), **sampling)
 
     metrics, pictures = evaluate(generator, reference, samples, networks)
@@ -115,7 +116,7 @@ def read_samples(path: Path, count: int, generator: Generator) -> tuple[Tensor, 
         raise UserError(f"{path} holds clean images, which real ones are not: draw the samples without --clean")
     if len(images) < count:
         raise UserError(f"{path} holds {len(images)} samples, {count} are to be scored: draw more, or lower --count")
-    return torch.from_numpy(images[:count]), {k: metadata[k] for k in ("sampler", "steps", "lenses_per_second")}
+    return torch.from_numpy(images[:count]), {k: metadata[k] for k in (*SETTINGS, "lenses_per_second")}
 
 
 def evaluate(
@@ -182,7 +183,8 @@ def report(generator: Generator, metrics: dict[str, Any], sets: dict[str, Tensor
     config, sampling = generator.config, metrics["sampling"]
     page = Report(
         f"lens-ldm: {config['training']['name']}",
-        f"{n} samples, {sampling['steps']} steps of {sampling['sampler']}, beside {n} real images of the test split of "
+        f"{n} samples, {sampling['steps']} steps of {sampling['sampler']} (shift {sampling['shift']:g}), beside {n} real "
+        f"images of the test split of "
         f"{metrics['reference']}. All pictures are on one scale, {value_range[0]:g} to {value_range[1]:g}.",
     )
     for key, heading in (

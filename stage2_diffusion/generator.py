@@ -28,7 +28,7 @@ class Generator:
     """An autoencoder and a denoiser of its latents, ready to sample.
 
     precision   bf16 or fp32, as in training
-    defaults    sampler and steps that `sample` uses when it is not told
+    defaults    sampler, steps and shift that `sample` uses when it is not told
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Generator:
         defaults: dict[str, Any] | None = None,
     ) -> None:
         self.autoencoder, self.denoiser, self.precision = autoencoder.eval(), denoiser.eval(), precision
-        self.defaults = {"sampler": "ddim", "steps": 50, **(defaults or {})}
+        self.defaults = {"sampler": "ddim", "steps": 50, "shift": 1.0, **(defaults or {})}
         self.config: dict[str, Any] = {}
 
     @classmethod
@@ -75,6 +75,7 @@ class Generator:
         *,
         sampler: str | None = None,
         steps: int | None = None,
+        shift: float | None = None,
         observed: bool = True,
         batch_size: int = 64,
         **options: Any,
@@ -84,11 +85,15 @@ class Generator:
         An image depends on its own seed alone: on no other, nor on its place in a batch (to rounding).
 
         cond      (len(seeds), d) or None
+        shift     of the grid of times; above 1: shorter steps at high noise
         observed  False: the clean light, without pixel noise
-        options   of the sampler, such as eta for `ddim`
+        options   of the sampler, such as eta for `ddim`, or times, another grid
         """
         run = resolve("sampler", sampler or self.defaults["sampler"])
         steps = steps or self.defaults["steps"]
+        shift = shift or self.defaults["shift"]
+        if shift != 1:  # or else the sampler's own grid
+            options = {"times": self.denoiser.schedule.times(steps, shift), **options}
         remaining, done = iter(seeds), 0
         while chunk := list(islice(remaining, batch_size)):
             conditions = None if cond is None else cond[done : done + len(chunk)].to(self.device)

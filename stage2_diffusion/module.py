@@ -58,9 +58,7 @@ class DiffusionModule(StageModule):
         metrics["x0_error"] = sum(metrics.values()) / LEVELS
         if folder is not None:
             generator = Generator(self.frozen[0].to(self.device), shadow, self.sampling_precision)
-            images = generator.images(
-                range(PREVIEWS), sampler=self.config.sampling.sampler, steps=self.config.sampling.steps
-            )
+            images = generator.images(range(PREVIEWS), **self.config.sampling.model_dump())
             title = (
                 f"step {self.trainer.global_step}: {self.config.sampling.steps} steps of {self.config.sampling.sampler}"
             )

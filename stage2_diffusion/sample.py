@@ -9,6 +9,7 @@ its text chunk `parameters`). Lens k has the seed SEED + k, and is the same lens
 
 import argparse
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from shared.report import save_grid
 from stage2_diffusion.generator import Generator
 
 SHOWN = 64
+SETTINGS = ("sampler", "steps", "shift")  # of sampling; a model has its own defaults
 SEEDS = 2**32  # what torch's CPU generator tells apart
 
 
@@ -39,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first (default %(default)s)")
     parser.add_argument("--steps", type=positive, help="evaluations of the network a lens (default: the model's)")
     parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
+    parser.add_argument("--shift", type=above_zero, help="of the grid of times; above 1: shorter steps at high noise")
     parser.add_argument("--clean", action="store_true", help="without pixel noise")
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     a = parser.parse_args(argv)
     seeds = seed_range(a.seed, a.count)
     generator = Generator.from_pretrained(a.model, check_device(a.device))
-    settings = {"sampler": a.sampler or generator.defaults["sampler"], "steps": a.steps or generator.defaults["steps"]}
+    settings = {key: getattr(a, key) or generator.defaults[key] for key in SETTINGS}
     make_folder(a.out)
     started = time.perf_counter()
     images = draw(generator, seeds, observed=not a.clean, batch_size=a.batch_size, **settings)
@@ -119,6 +122,16 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 if __name__ == "__main__":

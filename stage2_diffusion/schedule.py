@@ -68,18 +68,21 @@ class NoiseSchedule:
         dtype = torch.promote_types(t.dtype, torch.float32)
         return (alpha / total).to(dtype).reshape(-1, 1, 1, 1), (sigma / total).to(dtype).reshape(-1, 1, 1, 1)
 
-    def times(self, steps: int) -> Tensor:
+    def times(self, steps: int, shift: float = 1.0) -> Tensor:
         """The grid a sampler walks: (steps + 1,) float64 on the CPU, from `t_max` down to 0.
 
         Evenly spaced, before the shift, in c = sigma / (alpha + sigma), which is t itself for flow. With the exact
         denoisers of four Gaussian mixtures and 4, 8 and 16 steps of the three fast samplers, the error (geometric
         mean) is 13 to 35% larger on even steps in t of linear, cosine and sigmoid, and 28 to 100% larger on even
         steps in log-SNR.
+
+        shift   above 1: shorter steps at high noise, where a lens takes its form, and longer ones at low noise
         """
         if steps < 1:
             raise ValueError(f"a sampler takes at least one step, got {steps}")
         c_max = self._c(torch.tensor(self.t_max, dtype=torch.float64)).item()
-        times = self._time_at(torch.linspace(c_max, 0, steps + 1, dtype=torch.float64))
+        even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        times = self._time_at(c_max * shift * even / (1 + (shift - 1) * even))
         times[0], times[-1] = self.t_max, 0.0
         return times
 

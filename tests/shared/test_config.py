@@ -271,7 +271,7 @@ def test_wrong_types_and_bounds_are_refused(override, problem):
 @pytest.mark.parametrize(
     ("schema", "file", "overrides", "problem"),
     [
-        (Stage2, "stage2/dit", ["backbone.heads=5"], "command line: backbone.heads: 4 x 5 does not divide width 384"),
+        (Stage2, "stage2/dit", ["backbone.heads=5"], "command line: backbone.heads: 4 x 5 does not divide width 192"),
         (Stage2, "stage2/unet", ["backbone.attention=[0, 2]"],
          "command line: backbone.attention: no level [2]: multipliers make levels 0 to 1"),
         (Stage2, "stage2/unet", ["backbone.heads=7"],

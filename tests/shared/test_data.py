@@ -346,7 +346,7 @@ def edit_index(folder: Path, **changes) -> None:
     ("damage", "said"),
     [
         (shutil.rmtree, "no data set at .*lens-ldm prepare FOLDER --out"),
-        (lambda f: (f / "index.json").unlink(), "not a prepared data set.*lens-ldm simulate"),
+        (lambda f: (f / "index.json").unlink(), "not a prepared data set.*lens-ldm prepare .* --out data/NAME"),
         (lambda f: os.truncate(f / "images.npy", 500), "truncated .500 of 704 bytes."),
         (lambda f: os.truncate(f / "images.npy", 60), "not an .npy array"),
         (lambda f: (f / "images.npy").unlink(), "No such file"),

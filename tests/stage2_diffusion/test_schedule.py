@@ -100,6 +100,15 @@ def test_times_are_even_on_the_straight_path(name, zero_terminal):
     torch.testing.assert_close(c, torch.linspace(c[0].item(), 0, 9, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
+def test_a_shifted_grid_steps_shorter_at_high_noise():
+    t = torch.linspace(1, 0, 6, dtype=torch.float64)
+    torch.testing.assert_close(NoiseSchedule("flow").times(5, shift=3.0), 3 * t / (1 + 2 * t))
+    times = NoiseSchedule("cosine", zero_terminal=False).times(8, shift=3.0)
+    assert times[0] == NoiseSchedule("cosine", zero_terminal=False).t_max
+    assert times[-1] == 0
+    assert (times.diff().diff() < 0).all()
+
+
 def test_flow_walks_even_times():
     torch.testing.assert_close(NoiseSchedule("flow").times(5), torch.linspace(1, 0, 6, dtype=torch.float64))
 
