@@ -46,7 +46,7 @@ class Run:
             raise UserError(f"cannot write the run's folder {self.folder}: {error.strerror or error}") from error
 
     def is_complete(self, fingerprint: dict[str, str]) -> bool:
-        """Whether the model is published. UserError if it, or the checkpoint, was made from something else.
+        """Whether the model is published. UserError if it was made from something else.
 
         fingerprint   what must not change between a run and its continuation, beyond the config: the data, the autoencoder
         """

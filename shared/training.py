@@ -50,7 +50,8 @@ class EMA(nn.Module):
         self.decay = decay
         self.module = deepcopy(network).requires_grad_(False).eval()
         # The others are constants, such as the grid of a million codes of FSQ.
-        self.learned = [name for name, _ in network.named_buffers() if name in network.state_dict()]
+        saved = network.state_dict().keys()
+        self.learned = [name for name, _ in network.named_buffers() if name in saved]
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
@@ -341,11 +342,12 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
     """
     t = run.config.trainer
     quiet()
-    start = checkpoint_step(run, fingerprint)
+    saved = read_checkpoint(run, fingerprint)
+    start = int(saved["global_step"]) if saved else 0
     if t.channels_last:
         module.to(memory_format=torch.channels_last)
-    if start >= t.max_steps:
-        module.load_state_dict(torch.load(run.last, weights_only=True, map_location="cpu")["state_dict"])
+    if saved and start >= t.max_steps:
+        module.load_state_dict(saved["state_dict"])
         return
     if t.compile:
         module.compiled_part.compile()
@@ -384,8 +386,8 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
         with contextlib.suppress(SIGTERMException):  # Lightning's own, after our checkpoint; it would exit with 0
             trainer.fit(module, ckpt_path=run.last if start else None, weights_only=True)
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, before[number])
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
     if checkpoint.stopped_by or trainer.global_step < t.max_steps:
         tqdm.write(
             f"{run.config.name} stopped at step {trainer.global_step} of {t.max_steps}; the same command goes on"
@@ -393,19 +395,19 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
         raise SystemExit(128 + (checkpoint.stopped_by or signal.SIGTERM))
 
 
-def checkpoint_step(run: Run, fingerprint: dict[str, str]) -> int:
-    """The step at which last.ckpt was written; 0 where there is none. UserError if it is not of this fingerprint."""
+def read_checkpoint(run: Run, fingerprint: dict[str, str]) -> dict[str, Any] | None:
+    """last.ckpt, or None where there is none. UserError if it is damaged, or not of this fingerprint."""
     if not run.last.exists():
-        return 0
+        return None
     try:
         checkpoint = torch.load(run.last, weights_only=True, map_location="cpu")
-        step, found = int(checkpoint["global_step"]), dict(checkpoint["fingerprint"])
+        _, found = int(checkpoint["global_step"]), dict(checkpoint["fingerprint"])
     except Exception as error:  # torch raises many kinds for a truncated or foreign file
         raise UserError(
             f"{run.last} cannot be read ({type(error).__name__}): delete it to start this run again"
         ) from error
     run.compare(found, fingerprint)
-    return step
+    return checkpoint
 
 
 def quiet() -> None:

@@ -27,10 +27,18 @@ from shared.data import LensImages
 from shared.errors import UserError
 from shared.files import write_atomically
 from shared.metrics import efficientnet, fid, physics
-from shared.registry import names
 from shared.report import Report, grid, loss_curves, panels, rasterise
 from stage2_diffusion.generator import Generator
-from stage2_diffusion.sample import SETTINGS, above_zero, check_device, draw, make_folder, positive, seed_range
+from stage2_diffusion.sample import (
+    SETTINGS,
+    add_settings,
+    check_device,
+    chosen_settings,
+    draw,
+    make_folder,
+    positive,
+    seed_range,
+)
 
 LARGEST = 2500  # images a side by default: 1/n has fallen below the differences of interest
 NOISE_SEEDS = 1 << 31  # of the reconstructions' pixel noise, away from those of samples
@@ -48,13 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--samples", type=Path, help="samples.npz of this model, instead of drawing new ones")
     parser.add_argument("--seed", type=int, help="of the first sample (default: 0)")
-    parser.add_argument("--steps", type=positive, help="evaluations of the network a lens (default: the model's)")
-    parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
-    parser.add_argument("--shift", type=above_zero, help="of the grid of times; above 1: shorter steps at high noise")
+    add_settings(parser)
     parser.add_argument("--fid", action="store_true", help="also `fid` on Inception features; needs their weights")
     parser.add_argument("--inception-weights", type=Path, help="file of those weights; implies --fid")
     parser.add_argument("--download", action="store_true", help="fetch them once (91 MB); implies --fid")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
     parser.add_argument("--out", type=Path, help="folder (default: evaluation/ beside the model)")
     a = parser.parse_args(argv)
 
@@ -72,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     if a.samples:
         samples, sampling = read_samples(a.samples, count, generator)
     else:
-        sampling = {k: getattr(a, k) or generator.defaults[k] for k in SETTINGS}
+        sampling = chosen_settings(a, generator)
         samples = draw(generator, seed_range(a.seed or 0, count), **sampling)
 
     metrics, pictures = evaluate(generator, reference, samples, networks)
@@ -184,8 +189,8 @@ def report(generator: Generator, metrics: dict[str, Any], sets: dict[str, Tensor
     page = Report(
         f"lens-ldm: {config['training']['name']}",
         f"{n} samples, {sampling['steps']} steps of {sampling['sampler']} (shift {sampling['shift']:g}), beside {n} real "
-        f"images of the test split of "
-        f"{metrics['reference']}. All pictures are on one scale, {value_range[0]:g} to {value_range[1]:g}.",
+        f"images of the test split of {metrics['reference']}. All pictures are on one scale, {value_range[0]:g} to "
+        f"{value_range[1]:g}.",
     )
     for key, heading in (
         ("samples", "Generated: the first samples, none picked"),

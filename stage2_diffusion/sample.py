@@ -39,17 +39,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="folder of a run or of a published model")
     parser.add_argument("--count", type=positive, default=64, help="how many (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first (default %(default)s)")
-    parser.add_argument("--steps", type=positive, help="evaluations of the network a lens (default: the model's)")
-    parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
-    parser.add_argument("--shift", type=above_zero, help="of the grid of times; above 1: shorter steps at high noise")
+    add_settings(parser)
     parser.add_argument("--clean", action="store_true", help="without pixel noise")
     parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder (default %(default)s)")
     a = parser.parse_args(argv)
     seeds = seed_range(a.seed, a.count)
     generator = Generator.from_pretrained(a.model, check_device(a.device))
-    settings = {key: getattr(a, key) or generator.defaults[key] for key in SETTINGS}
+    settings = chosen_settings(a, generator)
     make_folder(a.out)
     started = time.perf_counter()
     images = draw(generator, seeds, observed=not a.clean, batch_size=a.batch_size, **settings)
@@ -63,6 +60,19 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{a.out / 'samples.npz'}, {a.out / 'grid.png'}: {a.count} lenses in {seconds:.1f} s ({a.count / seconds:.1f} a second)"
     )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options of whatever draws samples: SETTINGS, and the device."""
+    parser.add_argument("--steps", type=positive, help="evaluations of the network a lens (default: the model's)")
+    parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
+    parser.add_argument("--shift", type=above_zero, help="of the grid of times; above 1: shorter steps at high noise")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
+
+
+def chosen_settings(options: argparse.Namespace, generator: Generator) -> dict[str, Any]:
+    """SETTINGS as given, or else the model's own."""
+    return {key: getattr(options, key) or generator.defaults[key] for key in SETTINGS}
 
 
 def seed_range(first: int, count: int) -> range:
