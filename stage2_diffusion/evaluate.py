@@ -99,6 +99,11 @@ def check_reference(generator: Generator, reference: LensImages, name: str, coun
             f"the model makes images {generator.autoencoder.image_shape}, {name} has {reference.image_shape}"
         )
     require_units(generator.autoencoder, reference.value_range, f"the model of {generator.config['data']['name']}")
+    return check_count(reference, name, count)
+
+
+def check_count(reference: LensImages, name: str, count: int | None) -> int:
+    """`count`, or as many as there can be. UserError if the test split is too small for it."""
     most = len(reference.split("test")) // 2
     if most < 2 or (count or 2) > most:
         raise UserError(
