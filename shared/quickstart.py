@@ -63,8 +63,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def simulate(config: Quickstart) -> None:
-    from shared.data import LensImages
-    from shared.simulate import Preset, simulate_to
+    from shared.data.cache import LensImages
+    from shared.simulate.preset import Preset
+    from shared.simulate.run import simulate_to
 
     simulate_to(Path(config.data.path), Preset.load(config.data.preset), config.data.count, config.seed)
     # How many images the test split got is known only now, and not to be found out after training.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shared.config import to_dict
-from shared.data import StepSampler
+from shared.data.cache import StepSampler
 from shared.errors import UserError
 from shared.files import write_atomically
 from shared.optimizer import build_optimizer

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from shared.checkpoint import autoencoder_config, publish
 from shared.config import to_dict
-from shared.data import LensImages
+from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.precision import autocast, choose_device, resolve_precision
 from shared.registry import build

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from shared.checkpoint import require_units, versions
 from shared.cli import guard
-from shared.data import LensImages
+from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.files import write_atomically
 from shared.metrics import efficientnet, fid, physics

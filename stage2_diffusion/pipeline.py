@@ -10,7 +10,7 @@ from tqdm import tqdm
 from shared.autoencoder import Autoencoder
 from shared.checkpoint import fingerprint, load_autoencoder, publish
 from shared.config import to_dict
-from shared.data import LensImages
+from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.precision import autocast, choose_device, resolve_precision
 from shared.run import Run, is_main_process

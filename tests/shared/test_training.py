@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from shared.config import load_config
-from shared.data import CacheWriter, LensImages
+from shared.data.cache import CacheWriter, LensImages
 from shared.errors import UserError
 from shared.run import Run
 from shared.schema import Stage1

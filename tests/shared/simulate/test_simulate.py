@@ -20,24 +20,16 @@ from lenstronomy.LensModel.lens_model import LensModel
 from lenstronomy.LightModel.light_model import LightModel
 from scipy import stats
 
-from shared import simulate as simulator
-from shared.data import CacheWriter, LensImages
+from shared.simulate import run as simulator
+from shared.data.cache import CacheWriter, LensImages
 from shared.errors import UserError
-from shared.simulate import (
-    UNITS,
-    Preset,
-    draw_parameters,
-    einstein_radius,
-    main,
-    observe,
-    render,
-    simulate,
-    simulate_to,
-)
+from shared.simulate.images import observe, render, simulate
+from shared.simulate.preset import UNITS, Preset, draw_parameters, einstein_radius
+from shared.simulate.run import main, simulate_to
 
 DEEPLENSE = Preset.load("deeplense")
 SMALL = DEEPLENSE.model_copy(update={"pixels": 24, "pixel_scale": 0.3})
-YAML = (Path(simulator.__file__).parents[1] / "configs/simulate/deeplense.yaml").read_text()
+YAML = (Path(simulator.__file__).parents[2] / "configs/simulate/deeplense.yaml").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.data import CacheWriter, LensImages, StepSampler
+from shared.data.cache import CacheWriter, LensImages, StepSampler
 from shared.errors import UserError
 
 SHAPE = (1, 4, 6)
@@ -176,7 +176,7 @@ def test_dying_before_any_step_leaves_a_cache_that_goes_on(tmp_path, monkeypatch
 CHILD = """
 import sys, numpy as np
 from pathlib import Path
-from shared.data import CacheWriter
+from shared.data.cache import CacheWriter
 writer = CacheWriter(Path(sys.argv[1]), 100, (1, 8, 8), {"kind": "test"}, 2)
 for indices in writer.pending():
     writer.write(indices, np.stack([np.full((1, 8, 8), i, np.float32) for i in indices]))

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared import readers
-from shared.data import LensImages
+from shared.data import readers
+from shared.data.cache import LensImages
 from shared.errors import UserError
-from shared.readers import class_labels, natural_key, prepare
+from shared.data.readers import class_labels, natural_key, prepare
 
 SHAPE = (1, 4, 6)
 

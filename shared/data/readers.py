@@ -23,7 +23,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from shared.data import CacheWriter, LensImages, read_npy_header
+from shared.data.cache import CacheWriter, LensImages, read_npy_header
 from shared.errors import UserError
 
 LISTED = 10  # broken files named in an error

@@ -1,0 +1,1 @@
+"""The simulator of strong lenses: the priors of a preset -> parameters -> clean image -> observed image."""

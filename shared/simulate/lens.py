@@ -1,0 +1,88 @@
+"""Light through one lens: pure functions of its parameters, differentiable, made batches of by torch.func.vmap.
+
+Deflections and light profiles are those of caustics (Stone et al. 2024, JOSS 9, 7081); angles run from x towards y. A
+parameter that a lens lacks is absent from `p`, and so is the component that would need it:
+
+    theta_E [arcsec]                            singular isothermal sphere in the middle
+    q_l, PA_l [deg]                             makes it an ellipsoid of axis ratio q_l, major axis along PA_l
+    gamma, gamma_angle [deg]                    external shear; images are stretched along gamma_angle
+    x_p, y_p, theta_p [arcsec], each (K,)       point masses and their Einstein radii
+    x_v, y_v, theta_v, half_length_v [arcsec], angle_v [deg]   a uniform line of mass, with the Einstein radius of its mass
+    x_s, y_s, R_s [arcsec], q_s, PA_s [deg], n_s, I_s          Sersic profile of the source, on the source plane
+    R_light [arcsec], q_light, PA_light [deg], n_light, I_light   Sersic profile of the lens galaxy, in the middle
+
+R is the effective radius as the geometric mean of the half-axes, I the surface brightness there.
+"""
+
+from math import pi
+
+import torch
+from caustics import func
+from torch import Tensor
+
+Parameters = dict[str, Tensor]
+
+
+def surface_brightness(p: Parameters, x: Tensor, y: Tensor) -> Tensor:
+    """Surface brightness at the points (x, y) [arcsec] of the image plane, in the units of I_s and I_light."""
+    alpha_x, alpha_y = deflection(p, x, y)
+    light = _sersic(p, "s", p["x_s"], p["y_s"], x - alpha_x, y - alpha_y)
+    if "I_light" in p:
+        light = light + _sersic(p, "light", 0.0, 0.0, x, y)
+    return light
+
+
+def deflection(p: Parameters, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduced deflection [arcsec] at the points (x, y) [arcsec] of the image plane."""
+    # The softening only keeps a point that falls on the centre from being 0 / 0.
+    if "q_l" in p:
+        alpha = func.reduced_deflection_angle_sie(
+            0.0, 0.0, p["q_l"], p["PA_l"] * (pi / 180), p["theta_E"], x, y, s=1e-12
+        )
+    else:
+        alpha = func.reduced_deflection_angle_sis(0.0, 0.0, p["theta_E"], x, y, s=1e-12)
+    angle = p["gamma_angle"] * (pi / 90)
+    gamma_1, gamma_2 = p["gamma"] * torch.cos(angle), p["gamma"] * torch.sin(angle)
+    parts = [alpha, func.reduced_deflection_angle_external_shear(0.0, 0.0, gamma_1, gamma_2, x, y)]
+    if "theta_p" in p:
+        parts.append(point_masses(p["x_p"], p["y_p"], p["theta_p"], x, y))
+    if "theta_v" in p:
+        parts.append(mass_line(p["x_v"], p["y_v"], p["theta_v"], p["half_length_v"], p["angle_v"] * (pi / 180), x, y))
+    return sum(part[0] for part in parts), sum(part[1] for part in parts)
+
+
+def point_masses(x0: Tensor, y0: Tensor, theta_E: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduced deflection [arcsec] of point masses at (x0, y0) with Einstein radii theta_E, each (K,), added up."""
+    alpha_x = alpha_y = torch.zeros_like(x + y)
+    for k in range(len(x0)):  # one by one, so that an image stays in the cache of a core
+        part_x, part_y = func.reduced_deflection_angle_point(x0[k], y0[k], theta_E[k], x, y, s=1e-12)
+        alpha_x, alpha_y = alpha_x + part_x, alpha_y + part_y
+    return alpha_x, alpha_y
+
+
+def mass_line(
+    x0: Tensor, y0: Tensor, theta_E: Tensor, half_length: Tensor, angle: Tensor, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Reduced deflection [arcsec] of a line of uniform mass per length, with the Einstein radius of its whole mass.
+
+    The integral of a point's theta_E^2 / conj(z - w) over w in [-L, L], z along the line:
+    conj(alpha) = theta_E^2 / (2 L) [log(z + L) - log(z - L)] with L = half_length.
+    """
+    dx, dy = x - x0, y - y0
+    c, s = torch.cos(angle), torch.sin(angle)
+    along, across = c * dx + s * dy, c * dy - s * dx
+    right, left = along + half_length, along - half_length
+    tiny = torch.finfo(along.dtype).tiny
+    scale = theta_E * theta_E / (2 * half_length)
+    # Real and imaginary part of the difference of logarithms; the angle between the two ends as seen from the point.
+    a = scale * 0.5 * torch.log((right * right + across * across + tiny) / (left * left + across * across + tiny))
+    b = scale * torch.atan2(2 * half_length * across, right * left + across * across)
+    return c * a - s * b, s * a + c * b
+
+
+def _sersic(p: Parameters, of: str, x0: Tensor | float, y0: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
+    q, n = p[f"q_{of}"], p[f"n_{of}"]
+    major = p[f"R_{of}"] / torch.sqrt(q)  # the radius that caustics asks for
+    return func.brightness_sersic(
+        x0, y0, q, p[f"PA_{of}"] * (pi / 180), n, major, p[f"I_{of}"], x, y, func.k_lenstronomy(n)
+    )
