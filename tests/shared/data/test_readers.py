@@ -12,8 +12,8 @@ import pytest
 
 from shared.data import readers
 from shared.data.cache import LensImages
-from shared.errors import UserError
 from shared.data.readers import class_labels, natural_key, prepare
+from shared.errors import UserError
 
 SHAPE = (1, 4, 6)
 

@@ -20,9 +20,9 @@ from lenstronomy.LensModel.lens_model import LensModel
 from lenstronomy.LightModel.light_model import LightModel
 from scipy import stats
 
-from shared.simulate import run as simulator
 from shared.data.cache import CacheWriter, LensImages
 from shared.errors import UserError
+from shared.simulate import run as simulator
 from shared.simulate.images import observe, render, simulate
 from shared.simulate.preset import UNITS, Preset, draw_parameters, einstein_radius
 from shared.simulate.run import main, simulate_to
