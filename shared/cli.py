@@ -18,6 +18,7 @@ COMMANDS = {
         "stage2_diffusion.evaluate:main",
         "scores with their floors; also: python stage2_diffusion/evaluate.py",
     ),
+    "fit": ("shared.fit:main", "lens models fitted to images: which lenses, and whether they are any"),
 }
 
 

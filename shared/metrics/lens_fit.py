@@ -38,6 +38,7 @@ class LensFits:
     parameters  {name: (N,)}, the free ones, in the units of shared.simulate.preset.UNITS; axes' angles in [0, 180)
     errors      {name: (N,)}, one standard deviation each, from the curvature of chi^2
     amplitude   (N,) units of the images per unit of I_s; `background` (N,) level of the sky, units of the images
+    law         (N, 2) a, b of the noise: variance = a + b (clean - background), see `variance`
     clean       (N, 1, H, W) the best model, without noise
     converged   (N,) whether the last step was below a tenth of the error
     """
@@ -49,11 +50,17 @@ class LensFits:
     errors: dict[str, np.ndarray]
     amplitude: np.ndarray
     background: np.ndarray
+    law: np.ndarray
     clean: np.ndarray
     converged: np.ndarray
 
     def __len__(self) -> int:
         return len(self.chi2)
+
+    def variance(self, i: int) -> np.ndarray:
+        """(1, H, W) variance of the noise in image i."""
+        a, b = self.law[i]
+        return a + b * np.maximum(self.clean[i] - self.background[i], 0)
 
     def consistent(self, limit: float = 1.2) -> np.ndarray:
         """(N,) bool: there is a lens (10 sigma) and nothing else but its noise, chi^2 per pixel between 1/limit and limit."""
@@ -250,6 +257,7 @@ class LensFitter:
             errors={name: errors[:, k].cpu().numpy() for k, name in enumerate(names)},
             amplitude=found.c[:, 0].cpu().numpy(),
             background=found.c[:, -1].cpu().numpy(),
+            law=torch.cat(self._law(found.c), 1).cpu().numpy(),
             clean=found.model.view(n, 1, side, side).cpu().numpy(),
             converged=found.converged.cpu().numpy(),
         )
@@ -257,14 +265,18 @@ class LensFitter:
     def _pooled(self, images: Tensor, factor: int) -> Tensor:
         return torch.nn.functional.avg_pool2d(images, factor)
 
-    def _variance(self, model: Tensor, c: Tensor) -> Tensor:
-        """Of a pixel of full size. model (N, n), c (N, K + 1) -> (N, n)."""
-        background, amplitude = c[:, -1:], c[:, :1]
+    def _law(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """c (N, K + 1) -> a, b of the noise, each (N, 1)."""
         if self.noise is not None:
             a, b = self.noise
-            return a + b * (model - background).clamp_min(0)
-        gain = amplitude.clamp_min(1e-12) / self.preset.exposure
-        return gain * ((model - background).clamp_min(0) + gain * self.preset.sky * self.preset.exposure)
+            return torch.full_like(c[:, :1], a), torch.full_like(c[:, :1], b)
+        gain = c[:, :1].clamp_min(1e-12) / self.preset.exposure
+        return gain * gain * (self.preset.sky * self.preset.exposure), gain
+
+    def _variance(self, model: Tensor, c: Tensor) -> Tensor:
+        """Of a pixel of full size. model (N, n), c (N, K + 1) -> (N, n)."""
+        a, b = self._law(c)
+        return a + b * (model - c[:, -1:]).clamp_min(0)
 
     def _starts(self, images: Tensor) -> Tensor:
         """The lenses of the library that are nearest to the images, (N, STARTS, P)."""
@@ -332,7 +344,7 @@ class LensFitter:
         w = keep / self._variance(model, c)
         squares = w * (data - model).square()
         chi2 = squares.sum(1)
-        lit = (model - c[:, -1:] > 5 * self._variance(c[:, -1:], c).sqrt()) & (keep > 0)
+        lit = (model - c[:, -1:] > 5 * self._law(c)[0].sqrt()) & (keep > 0)
         chi2_lit = (squares * lit).sum(1) / lit.sum(1).clamp_min(1)
         sky = (w * data).sum(1, keepdim=True) / w.sum(1, keepdim=True)
         snr = ((w * (data - sky).square()).sum(1) - chi2).clamp_min(0).sqrt()

@@ -1,0 +1,177 @@
+"""`lens-ldm fit SOURCE`: which lenses are these, and are they lenses at the level of their noise?
+
+SOURCE is a data set (data/NAME), samples.npz of `lens-ldm sample`, or whatever else `lens-ldm prepare` reads, on the pixel
+grid of the preset. Fits a lens model of the preset to each image (shared/metrics/lens_fit.py), compares the parameters
+with the preset's priors and, where the data set knows them, with the truth; writes OUT.csv and OUT.png.
+"""
+
+import argparse
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+
+from shared.data.cache import INDEX, LensImages
+from shared.errors import UserError
+from shared.files import write_atomically
+from shared.metrics.lens_fit import Coordinates, LensFits, LensFitter
+from shared.report import save_grid
+from shared.simulate.preset import Preset, draw_parameters
+
+PRIOR_DRAWS = 20_000
+SHOWN = 6
+ANGLES = [angle for _, angle in Coordinates.SPINS]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `lens-ldm fit`."""
+    parser = argparse.ArgumentParser(
+        "lens-ldm fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="data/NAME, samples.npz, a folder of .npy, ...")
+    parser.add_argument("--preset", default="deeplense", help="name in configs/simulate or .yaml file: what may be")
+    parser.add_argument("--count", type=int, default=300, help="the first of the images (default: %(default)s)")
+    parser.add_argument("--split", choices=("train", "validation", "test"), help="of a data set (default: all of it)")
+    parser.add_argument(
+        "--free", default="", metavar="n_s,R_s", help="parameters to free beside those the preset draws"
+    )
+    parser.add_argument(
+        "--noise", type=_law, metavar="A,B", help="variance A + B signal, not the preset's photon noise"
+    )
+    parser.add_argument("--margin", type=int, default=0, help="pixels at the border that are left out (default: 0)")
+    parser.add_argument("--out", type=Path, help="OUT.csv and OUT.png (default: fits-NAME here)")
+    a = parser.parse_args(argv)
+    if a.count < 1:
+        raise UserError("--count needs at least 1")
+    preset = Preset.load(a.preset)
+    images, truth = load_images(a.source, a.split, a.count)
+    fitter = LensFitter(preset, free=[name for name in a.free.split(",") if name], noise=a.noise, margin=a.margin)
+    fits = fitter.fit(images, progress=True)
+    out = a.out or Path(f"fits-{a.source.resolve().stem}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out.with_suffix(".csv"), table(fits).encode())
+        draw(out.with_suffix(".png"), images, fits)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+    print(summary(fits, preset, truth))
+    print(f"{out.with_suffix('.csv')}, {out.with_suffix('.png')}: every fit, and the {SHOWN} worst")
+
+
+def load_images(source: Path, split: str | None, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The first `count` images of SOURCE, (N, C, H, W), and what is known of their parameters, {name: (N,)}."""
+    if (source / INDEX).exists():
+        data = LensImages(source)
+        chosen = (np.arange(len(data)) if split is None else data.split(split))[:count]
+        if not len(chosen):
+            raise UserError(f"{source} has no images in its {split} split")
+        known = data.index.get("parameters", {})
+        truth = {name: np.array(column["values"], float)[chosen] for name, column in known.items()}
+        return np.array(data.images[chosen]), truth
+    if split is not None:
+        raise UserError(f"--split is for data sets of `lens-ldm prepare` and `simulate`, which {source} is not")
+    raise NotImplementedError
+
+
+def table(fits: LensFits) -> str:
+    """Every fit as CSV, one line an image."""
+    columns = {name: getattr(fits, name) for name in ("chi2", "chi2_lit", "snr", "amplitude", "background")}
+    for name, values in fits.parameters.items():
+        columns |= {name: values, f"{name}_error": fits.errors[name]}
+    columns |= {"converged": fits.converged.astype(int), "consistent": fits.consistent().astype(int)}
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(["image", *columns])
+    for i in range(len(fits)):
+        writer.writerow([i, *(f"{values[i]:.6g}" for values in columns.values())])
+    return stream.getvalue()
+
+
+def draw(path: Path, images: np.ndarray, fits: LensFits) -> None:
+    """The worst fits: image, model, and residual over the noise of each pixel, from -5 to 5."""
+    worst = np.argsort(fits.chi2)[::-1][:SHOWN]
+    image, model = images[worst], fits.clean[worst]
+    low, high = image.min((1, 2, 3), keepdims=True), image.max((1, 2, 3), keepdims=True)
+    span = np.maximum(high - low, 1e-30)
+    sigma = np.sqrt([fits.variance(i) for i in worst])
+    rows = [(image - low) / span, (model - low) / span, (image - model) / np.maximum(sigma, 1e-30) / 10 + 0.5]
+    chi2 = ", ".join(f"{fits.chi2[i]:.2f}" for i in worst)
+    title = f"image, lens model, residual +-5 sigma; the worst chi2 per pixel: {chi2}"
+    save_grid(path, torch.from_numpy(np.concatenate(rows)).float(), columns=len(worst), title=title)
+
+
+def summary(fits: LensFits, preset: Preset, truth: dict[str, np.ndarray]) -> str:
+    """A table for people: how good the fits are, and what lenses they found, against the priors and the truth."""
+    n, good = len(fits), fits.consistent()
+    interval = stats.binomtest(int(good.sum()), n).proportion_ci(method="wilson")
+    lines = [f"{n} images, lens model of preset {preset.name}, free in {', '.join(fits.parameters)}"]
+    for name, label in (("chi2", "chi2 / pixel"), ("chi2_lit", "  of lit pixels")):
+        values = getattr(fits, name)
+        low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
+        near = np.mean(np.abs(values - 1) < 0.05)
+        lines.append(f"{label:16} median {middle:.3f}, 90 % in {low:.3f} to {high:.3f}; within 0.05 of 1: {near:.1%}")
+    lines.append(
+        f"lenses at the noise level (chi2 below 1.2, above 1/1.2; 10 sigma): {good.sum()} of {n}, "
+        f"{good.mean():.1%} (95 %: {interval.low:.1%} to {interval.high:.1%})"
+    )
+    known = [name for name in fits.parameters if name in truth]
+    header = f"\n{'':12}{'median':>9}{'16 %':>9}{'84 %':>9}{'error':>9}{'KS p':>8}"
+    lines.append(header + (f"{'bias':>10}{'scatter':>9}{'pull':>7}" if known else ""))
+    drawn = draw_parameters(preset, 0, range(PRIOR_DRAWS))
+    tests = {}
+    for name, values in fits.parameters.items():
+        prior = drawn.get(name, np.zeros(1))
+        if np.ptp(prior) > 0:
+            tests[name] = stats.ks_2samp(_same_turn(name, values, prior), prior).pvalue
+    adjusted = _holm(tests)
+    for name, values in fits.parameters.items():
+        values = _same_turn(name, values, drawn.get(name, np.zeros(1)))
+        low, middle, high = np.quantile(values, [0.16, 0.5, 0.84])
+        p = f"{adjusted[name]:8.3f}" if name in adjusted else f"{'-':>8}"
+        line = f"{name:12}{middle:9.4f}{low:9.4f}{high:9.4f}{np.median(fits.errors[name]):9.4f}{p}"
+        if name in known:
+            difference = values - truth[name]
+            if name in ANGLES:
+                difference = (difference + 90) % 180 - 90
+            pull = _spread(difference / fits.errors[name])
+            line += f"{np.median(difference):10.4f}{_spread(difference):9.4f}{pull:7.2f}"
+        lines.append(line)
+    lines.append("error: median standard deviation of a fit; KS p: against the preset's prior, Holm's correction")
+    if known:
+        lines.append("bias, scatter (robust) of the difference to the truth; pull: its scatter in units of the errors")
+    return "\n".join(lines)
+
+
+def _spread(values: np.ndarray) -> float:
+    """Standard deviation of the Gaussian with this median absolute deviation: a round source has no angle at all."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
+
+
+def _same_turn(name: str, values: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """Angles of axes are known up to half a turn: the one within half a turn of the prior's middle."""
+    if name not in ANGLES:
+        return values
+    middle = (prior.min() + prior.max()) / 2
+    return (values - middle + 90) % 180 - 90 + middle
+
+
+def _holm(p: dict[str, float]) -> dict[str, float]:
+    """Holm's step-down correction: the chance of a smaller one anywhere among these tests, if all hypotheses hold."""
+    adjusted, largest = {}, 0.0
+    for k, name in enumerate(sorted(p, key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - k) * p[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
+def _law(text: str) -> tuple[float, float]:
+    try:
+        a, b = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not A,B: two numbers") from None
+    if not (a > 0 and b >= 0 and np.isfinite([a, b]).all()):
+        raise argparse.ArgumentTypeError(f"{text!r} needs A > 0 and B >= 0")
+    return a, b
