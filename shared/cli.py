@@ -10,7 +10,7 @@ from shared.errors import UserError
 COMMANDS = {
     "quickstart": ("shared.quickstart:main", "nothing -> simulated data, both stages, samples, scores, report.html"),
     "prepare": ("shared.data.readers:main", "a folder or zip of images -> data/NAME"),
-    "simulate": ("shared.simulate.run:main", "simulated lenses -> data/NAME"),
+    "simulate": ("shared.simulate.command:main", "simulated lenses -> data/NAME"),
     "train-vqvae": ("stage1_vqvae.train:main", "stage 1; also: python stage1_vqvae/train.py"),
     "train-diffusion": ("stage2_diffusion.train:main", "stage 2; also: python stage2_diffusion/train.py"),
     "sample": ("stage2_diffusion.sample:main", "lenses from a trained model; also: python stage2_diffusion/sample.py"),

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from inspect import isclass
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -63,7 +63,9 @@ def _locate(schema: type[BaseModel], location: tuple[int | str, ...]) -> tuple[t
         if not blocks:
             path += [str(part) for part in parts if isinstance(part, int)]
             break
-        if len(blocks) > 1 and parts:
+        if field and get_origin(field.annotation) is dict and parts:
+            path.append(str(parts.pop(0)))  # a block of blocks: the next part is the name of one
+        elif len(blocks) > 1 and parts:
             tag = parts.pop(0)
             blocks = [block for block in blocks if block.model_fields["name"].default == tag]
         if parts:

@@ -99,6 +99,8 @@ class CacheWriter:
         classes: list[str] | None = None,
         labels: Sequence[int] | np.ndarray | None = None,
         files: list[str] | None = None,
+        about: dict[str, Any] | None = None,
+        hashes: list[str] | None = None,
     ) -> None:
         """Measure the images and write index.json, which makes the cache complete; on a complete one, do nothing.
 
@@ -106,6 +108,10 @@ class CacheWriter:
         parameters   {"theta_E": {"unit": "arcsec", "values": N numbers}, ...}; NaN, stored as null: has no such value
         labels       N indices into `classes`
         files        N names
+        about        more keys of the index
+        hashes       what the images must hash to, where they are copies
+
+        Raises UserError, and forgets the images, if one has another hash.
         """
         if self.complete:
             return
@@ -122,13 +128,25 @@ class CacheWriter:
             if length != self.count:
                 raise ValueError(f"{key}: {length} values for {self.count} images")
         with self._disk_errors():
-            statistics, hashes = _survey(np.lib.format.open_memmap(self.folder / PARTIAL, mode="r"))
+            statistics, found = _survey(np.lib.format.open_memmap(self.folder / PARTIAL, mode="r"))
+            if hashes is not None and (wrong := [i for i in range(self.count) if found[i] != hashes[i]]):
+                self.discard()
+                raise UserError(
+                    f"{len(wrong)} images of {self.folder}, the first number {wrong[0]}, are not what their source says "
+                    "they are: delete the part they come from, make it again and then copy again"
+                )
             if value_range is None:
                 low, high = statistics["min"], statistics["max"]
                 value_range = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
             os.replace(self.folder / PARTIAL, self.folder / IMAGES)
             index = {"format": FORMAT, "name": self.folder.resolve().name, **self._request, "range": list(value_range)}
-            index |= {"statistics": statistics, **columns, "hashes": hashes, "split": {"fractions": SPLIT}}
+            index |= {
+                "statistics": statistics,
+                **(about or {}),
+                **columns,
+                "hashes": found,
+                "split": {"fractions": SPLIT},
+            }
             _write_json(self.folder / INDEX, index)
             (self.folder / PROGRESS).unlink()
         self.complete = True

@@ -4,75 +4,170 @@ In an image x grows to the right and y upwards, from the last row to row 0; angl
 """
 
 from collections.abc import Sequence
+from functools import partial
 from math import ceil
 
 import numpy as np
 import torch
+from scipy import special
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d
 
 from shared.errors import UserError
-from shared.simulate.lens import surface_brightness
+from shared.simulate.lens import Parameters, surface_brightness
 from shared.simulate.preset import NOISE_STREAM, Preset, draw_parameters, generator
+
+ACCELERATOR_BATCH = 256  # lenses rendered at once where memory is wide
+
+
+def observe_light(preset: Preset, p: Parameters) -> Tensor:
+    """The clean image (H, W) [counts/s/pixel] of one lens, as the telescope would see it without noise.
+
+    p   scalars, and (K,) point masses, as shared/simulate/lens.py names them; their dtype and device are the image's
+
+    Pure and differentiable: torch.func.vmap, jacfwd and jacrev go through it.
+    """
+    return pixelise(preset, surface_brightness(p, *grid(preset, p["x_s"].dtype, p["x_s"].device)))
+
+
+def grid(preset: Preset, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """The points where light is evaluated, `supersampling` a pixel and axis: x (1, S) and y (S, 1) [arcsec].
+
+    They reach as far outside the image as the PSF does.
+    """
+    fine = preset.supersampling
+    side = (preset.pixels + 2 * _margin(preset)) * fine
+    axis = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2) * preset.pixel_scale / fine
+    axis = axis.to(dtype).to(device)
+    return axis[None, :], axis.flip(0)[:, None]
+
+
+def pixelise(preset: Preset, light: Tensor) -> Tensor:
+    """Light (S, S) on the points of `grid` -> image (H, W): averaged over pixels, then blurred by the PSF.
+
+    The PSF is a Gaussian at pixel centres, cut beyond 4 sigma, of sum 1.
+    """
+    margin = _margin(preset)
+    steps = torch.arange(-margin, margin + 1, dtype=light.dtype, device=light.device)
+    kernel = torch.exp(-0.5 * (steps / (preset.psf_sigma / preset.pixel_scale)) ** 2)
+    kernel = kernel / kernel.sum()
+    pixels = avg_pool2d(light[None, None], preset.supersampling)
+    return conv2d(conv2d(pixels, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))[0, 0]
+
+
+def _margin(preset: Preset) -> int:
+    return ceil(4 * (preset.psf_sigma / preset.pixel_scale))
 
 
 @torch.no_grad()
-def render(preset: Preset, parameters: dict[str, np.ndarray], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Render clean images (N, 1, H, W) [counts/s/pixel]: lensed source, averaged over pixels, then blurred by the PSF.
+def render(
+    preset: Preset,
+    parameters: dict[str, np.ndarray],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    batch: int | None = None,
+) -> Tensor:
+    """Render clean images (N, 1, H, W) [counts/s/pixel]; they come back to main memory.
 
-    parameters  {name: (N,)} as `draw_parameters` returns them
+    parameters  {name: (N,) or (N, K)} as `draw_parameters` returns them; NaN: this lens has no such component
+    batch       lenses at once; None: 1 on a CPU, where an image fits the cache of a core and a batch does not, else 256
 
-    Points outside the image are rendered as far as the PSF reaches. The PSF is a normalised Gaussian at pixel centres.
+    On a CPU, unless `batch` says otherwise, an image comes out with the same bits whatever is rendered beside it, and on
+    however many threads; elsewhere to rounding.
     """
-    sigma = preset.psf_sigma / preset.pixel_scale
-    margin = ceil(4 * sigma)
-    kernel = torch.exp(-0.5 * (torch.arange(-margin, margin + 1, dtype=dtype) / sigma) ** 2)
-    kernel /= kernel.sum()
-    fine = preset.supersampling
-    side = (preset.pixels + 2 * margin) * fine
-    axis = ((torch.arange(side, dtype=torch.float64) - (side - 1) / 2) * preset.pixel_scale / fine).to(dtype)
-    x, y = axis[None, :], axis.flip(0)[:, None]
-    columns = {name: torch.from_numpy(values).to(dtype) for name, values in parameters.items()}
-    images = torch.empty(len(columns["theta_E"]), 1, preset.pixels, preset.pixels, dtype=dtype)
-    # One at a time and on one thread: an image fits the cache of a core, a batch does not, and no rounding can depend
-    # on the batch or on where threads cut an image.
+    device = torch.device(device)
+    batch = batch or (1 if device.type == "cpu" else ACCELERATOR_BATCH)
+    count = len(parameters["theta_E"])
+    columns = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in parameters.items()}
+    lacking = np.stack([np.isnan(values).reshape(count, -1).any(1) for values in parameters.values()], axis=1)
+    images = torch.empty(count, 1, preset.pixels, preset.pixels, dtype=dtype)
+    # On one thread, so that no rounding can depend on where threads cut an image.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for i in range(len(images)):
-            light = surface_brightness({name: values[i] for name, values in columns.items()}, x, y)
-            pixels = avg_pool2d(light[None, None], fine)
-            images[i] = conv2d(conv2d(pixels, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))[0]
+        for lacks in np.unique(lacking, axis=0):  # lenses of the same components go together
+            names = [name for name, missing in zip(columns, lacks, strict=True) if not missing]
+            members = np.flatnonzero((lacking == lacks).all(1))
+            for start in range(0, len(members), batch):
+                chosen = torch.from_numpy(members[start : start + batch])
+                p = {name: columns[name][chosen] for name in names}
+                if "theta_p" in p:  # as few as will do for these lenses: the rest is padding
+                    last = int((p["theta_p"] > 0).sum(1).max())
+                    p |= {name: p[name][:, :last] for name in ("x_p", "y_p", "theta_p")}
+                p = {name: values.to(dtype).to(device) for name, values in p.items()}
+                if len(chosen) == 1:
+                    light = observe_light(preset, {name: values[0] for name, values in p.items()})[None]
+                else:
+                    light = torch.func.vmap(partial(observe_light, preset))(p)
+                images[chosen, 0] = light.cpu()
     finally:
         torch.set_num_threads(threads)
     return images
 
 
-def observe(preset: Preset, clean: Tensor, seed: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Add photon noise to clean images and scale each to [0, 1]: -> observed, clean on the same scale, float32.
+def observe(
+    preset: Preset, clean: Tensor, seed: int, indices: Sequence[int], exposure: np.ndarray | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add the noise of the preset's instrument to clean images: -> observed, clean on the same scale, float32.
 
-    clean    (N, 1, H, W) [counts/s/pixel]
-    indices  N: the noise of image i depends on (seed, i) alone
+    clean     (N, 1, H, W) [counts/s/pixel]
+    indices   N: the noise of image i depends on (seed, i) alone
+    exposure  (N,) [s], as drawn; None: the one that the preset fixes
 
-    Raises UserError if an image has no contrast.
+    The clean images are the expectation of the observed ones, before both are scaled if the preset says so. Raises
+    UserError if an image that must be scaled has no contrast.
     """
-    exposure, sky = preset.exposure, preset.sky
-    observed, scaled = torch.empty(clean.shape), torch.empty(clean.shape)
+    if exposure is None:
+        fixed = preset.exposure.low if preset.exposure is not None and preset.exposure.fixed else np.nan
+        exposure = np.full(len(clean), fixed)
+    observed, expected = torch.empty(clean.shape), torch.empty(clean.shape)
     for k, i in enumerate(indices):
-        rate = clean[k].double().numpy() + sky
-        counts = generator(seed, i, NOISE_STREAM).poisson(rate * exposure)
-        low, high = counts.min(), counts.max()
-        if low == high:
-            raise UserError(f"image {i} of preset {preset.name} has no contrast: raise exposure or I_s")
-        observed[k] = torch.from_numpy((counts - low) / (high - low))
-        scaled[k] = torch.from_numpy((rate * exposure - low) / (high - low))
-    return observed, scaled
+        rng = generator(seed, i, NOISE_STREAM)
+        counts, mean = _expose(preset, clean[k].double().numpy(), float(exposure[k]), rng)
+        if preset.scaling == "min-max":
+            low, high = counts.min(), counts.max()
+            if low == high:
+                raise UserError(
+                    f"image {i} of preset {preset.name} has no contrast: raise exposure or the source's flux"
+                )
+            counts, mean = (counts - low) / (high - low), (mean - low) / (high - low)
+        observed[k], expected[k] = torch.from_numpy(counts), torch.from_numpy(mean)
+    return observed, expected
+
+
+def _expose(
+    preset: Preset, rate: np.ndarray, exposure: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """One noisy image and its expectation, in the preset's unit, from the light [counts/s/pixel]."""
+    match preset.noise:
+        case "none":
+            return rate, rate
+        case "poisson":  # whole photons of source and sky
+            rate = rate + preset.number("sky")
+            return rng.poisson(rate * exposure), rate * exposure
+        case "poisson-gaussian":
+            # As DeepLenseSim: normal noise of source and background, cut at 0, and Poisson noise of what that gives.
+            mean, sigma = rate * exposure, np.sqrt(rate * exposure + (preset.number("background_rms") * exposure) ** 2)
+            counts = rng.poisson(np.maximum(mean + sigma * rng.standard_normal(rate.shape), 0))
+            t = mean / np.maximum(sigma, 1e-300)
+            return counts, mean * special.ndtr(t) + sigma * np.exp(-0.5 * t * t) / np.sqrt(2 * np.pi)
+        case _:
+            # Each exposure is read out on its own, in whole steps of the gain; the sky is subtracted from their mean.
+            read_noise, gain = preset.number("read_noise"), preset.number("gain")
+            darkness = preset.number("sky_brightness") - preset.number("zero_point")
+            sky, exposures = 10 ** (-0.4 * darkness) * preset.pixel_scale**2, int(preset.number("exposures"))
+            total = np.zeros_like(rate)
+            for _ in range(exposures):
+                electrons = rng.poisson((rate + sky) * exposure) + read_noise * rng.standard_normal(rate.shape)
+                total += gain * np.rint(electrons / gain)
+            return total / (exposure * exposures) - sky, rate
 
 
 def simulate(preset: Preset, seed: int, indices: Sequence[int]) -> tuple[Tensor, Tensor, dict[str, np.ndarray]]:
-    """Simulate images `indices` of a seed: -> observed, clean (both (N, 1, H, W) in [0, 1]), parameters {name: (N,)}.
+    """Simulate images `indices` of a seed: -> observed, clean (both (N, 1, H, W)), parameters {name: (N,) or (N, K)}.
 
-    The clean images are the expectation of the observed ones on the same scale, so their sky lies a little above 0.
+    The clean images are the expectation of the observed ones on the same scale.
     """
     parameters = draw_parameters(preset, seed, indices)
-    return *observe(preset, render(preset, parameters), seed, indices), parameters
+    clean = render(preset, parameters)
+    return *observe(preset, clean, seed, indices, parameters.get("exposure")), parameters
