@@ -10,6 +10,7 @@ best of some thousand lenses of the preset, then Levenberg-Marquardt for all ima
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from math import ceil, pi
 from typing import Any, NamedTuple
 
@@ -17,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import jacfwd, vmap
+from torch.nn.functional import avg_pool2d, conv2d
 from tqdm import tqdm
 
 from shared.errors import UserError
 from shared.metrics import Images, batches
-from shared.simulate.lens import Parameters, surface_brightness
+from shared.simulate.lens import Parameters, sersic, surface_brightness
 from shared.simulate.preset import Preset, draw_parameters
 
 LIBRARY = 8192  # lenses of the preset that an image is compared with to find where to start
@@ -114,6 +116,7 @@ class Coordinates:
     SCALES = ("theta_E", "n_s", "R_s", "n_light", "R_light")
     SPINS = (("gamma", "gamma_angle"), ("q_l", "PA_l"), ("q_s", "PA_s"), ("q_light", "PA_light"))
     POSITIONS = ("x_s", "y_s")
+    NAMES = (*SCALES, *POSITIONS, *chain(*SPINS))
 
     def __init__(self, free: Iterable[str], fixed: dict[str, float]) -> None:
         free = set(free)
@@ -171,50 +174,61 @@ class _Descent(NamedTuple):
 class LensFitter:
     """Fits lenses of a preset to images on its pixel grid.
 
-    preset  what may be: parameters that it draws are free, those that it fixes are fixed
-    free    names of parameters to free beside those
-    noise   (a, b) of the images: variance = a + b (model - background), in their units; None: photon noise of the
-            preset's exposure and sky, with each image's gain from its own amplitude (needs a fixed I_s)
-    margin  pixels at the border that are left out
+    preset   what may be: parameters that it draws are free, those that it fixes are fixed
+    kind     of a preset with classes, the one; default: its first. Point masses and lines of mass are left out
+    free     names of parameters to free beside those
+    noise    (a, b) of the images: variance = a + b (model - background), in their units; None: that of the preset's
+             instrument, and where it scales each image, with the gain of each (see `_law`)
+    margin   pixels at the border that are left out
+
+    Raises UserError if the preset has no noise that is affine in the signal and none is given.
     """
 
     def __init__(
         self,
         preset: Preset,
         *,
+        kind: str | None = None,
         free: Sequence[str] = (),
         noise: tuple[float, float] | None = None,
         margin: int = 0,
         device: str = "cpu",
     ) -> None:
+        if kind or preset.classes:
+            preset = preset.select([kind or next(iter(preset.classes))])
+        if not 0 <= margin < preset.pixels // 2:
+            raise UserError(f"a margin of {margin} leaves nothing of images of {preset.pixels} pixels")
         self.preset, self.noise, self.margin, self.device = preset, noise, margin, torch.device(device)
         drawn = draw_parameters(preset, 0, range(LIBRARY))
-        known = {name for pair in Coordinates.SPINS for name in pair} | {*Coordinates.SCALES, *Coordinates.POSITIONS}
-        drawn = {name: values for name, values in drawn.items() if name in known}
-        varying = {name for name, values in drawn.items() if np.ptp(values) > 0}
+        self.instrument = None if noise else _instrument(preset, drawn)
+        varying = {name for name in Coordinates.NAMES if name in drawn and np.ptp(drawn[name]) > 0}
         self.coordinates = Coordinates(
-            varying | set(free), {name: float(values[0]) for name, values in drawn.items() if name not in varying}
+            varying | set(free), {name: float(drawn[name][0]) for name in Coordinates.NAMES if name in drawn}
         )
-        tensors = {name: torch.from_numpy(values).float().to(self.device) for name, values in drawn.items()}
+        tensors = {name: torch.from_numpy(drawn[name]).float().to(self.device) for name in self.coordinates.names}
         self.library = self.coordinates.vector(tensors)
-        coarse = max(f for f in range(1, preset.pixels + 1) if preset.pixels % f == 0 and preset.pixels // f >= 30)
-        middle = 2 if preset.pixels % 2 == 0 else 1
-        self.coarse, self.middle = coarse, middle
+        self.lit = "I_light" in drawn
+        pixels, fine = preset.pixels, preset.supersampling
+        # Pixels pooled for the first comparison and for the first descent.
+        self.coarse = max(f for f in range(1, pixels + 1) if pixels % f == 0 and pixels // f >= min(30, pixels))
+        self.middle = 2 if pixels % 2 == 0 else 1
         self.batch = 32 if self.device.type == "cpu" else 512
         self.points_at_once = 60_000 if self.device.type == "cpu" else 20_000_000  # the cache of a core
         self.grids = {
-            (factor, points): Grid(
-                preset.pixels // factor, preset.pixel_scale * factor, points, preset.psf_sigma, self.device
-            )
-            for factor, points in {(coarse, 2), (middle, 1), (1, 1), (1, preset.supersampling)}
+            (factor, points): Grid(pixels // factor, preset.pixel_scale * factor, points, preset.psf_sigma, self.device)
+            for factor, points in {(self.coarse, 2), (self.middle, 1), (1, 1), (1, fine)}
         }
-        light = vmap(lambda u: self._light(u, self.grids[coarse, 2]), chunk_size=16)
-        self.templates = light(self.library)  # (LIBRARY, K, n)
+        light = vmap(lambda u: self._light(u, self.grids[self.coarse, 2]), chunk_size=16)
+        templates = light(self.library)  # (LIBRARY, K, n)
+        self.templates = self._design(templates).transpose(0, 1).contiguous()  # (K + 1, LIBRARY, n)
 
     def _light(self, u: Tensor, grid: Grid) -> Tensor:
-        """u (P,) -> (K, pixels * pixels), the images of unit brightness whose amplitudes are free."""
-        p = self.coordinates.physical(u) | {"I_s": torch.ones((), device=u.device)}
-        return grid.image(surface_brightness(p, grid.x, grid.y))[None]
+        """u (P,) -> (K, pixels * pixels), the images of unit brightness whose amplitudes are free: source, lens light."""
+        p, one = self.coordinates.physical(u), torch.ones((), device=u.device)
+        images = [grid.image(surface_brightness(p | {"I_s": one}, grid.x, grid.y))]
+        if self.lit:
+            images.append(grid.image(sersic(p | {"I_light": one}, "light", 0.0, 0.0, grid.x, grid.y)))
+        return torch.stack(images)
 
     @torch.no_grad()
     def fit(self, images: Images, progress: bool = False) -> LensFits:
@@ -236,13 +250,15 @@ class LensFitter:
 
     def _fit(self, images: Tensor) -> LensFits:
         n, side, names = len(images), self.preset.pixels, self.coordinates.names
-        starts = self._starts(images).flatten(0, 1)
-        found = self._descend(starts, images.repeat_interleave(STARTS, 0), self.middle, 1, 10)
+        sigma = _sky_noise(images)
+        starts = self._starts(images, sigma).flatten(0, 1)
+        wide, wide_sigma = images.repeat_interleave(STARTS, 0), sigma.repeat_interleave(STARTS, 0)
+        found = self._descend(starts, wide, wide_sigma, self.middle, 1, 10)
         best = found.chi2.view(n, STARTS).argmin(1)
         u = found.u.view(n, STARTS, -1)[torch.arange(n, device=self.device), best]
         # Coarse sampling of the points first: the same basin at a fraction of the cost.
-        u = self._descend(u, images, 1, 1, 4).u
-        found = self._descend(u, images, 1, self.preset.supersampling, 10)
+        u = self._descend(u, images, sigma, 1, 1, 4).u
+        found = self._descend(u, images, sigma, 1, self.preset.supersampling, 10)
         values = vmap(self.coordinates.reported)(found.u).double()
         slope = vmap(jacfwd(self.coordinates.reported))(found.u).double()
         errors = (slope @ torch.linalg.pinv(found.hessian) @ slope.mT).diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
@@ -257,45 +273,55 @@ class LensFitter:
             errors={name: errors[:, k].cpu().numpy() for k, name in enumerate(names)},
             amplitude=found.c[:, 0].cpu().numpy(),
             background=found.c[:, -1].cpu().numpy(),
-            law=torch.cat(self._law(found.c), 1).cpu().numpy(),
+            law=torch.cat(self._law(found.c, sigma), 1).cpu().numpy(),
             clean=found.model.view(n, 1, side, side).cpu().numpy(),
             converged=found.converged.cpu().numpy(),
         )
 
     def _pooled(self, images: Tensor, factor: int) -> Tensor:
-        return torch.nn.functional.avg_pool2d(images, factor)
+        return avg_pool2d(images, factor)
 
-    def _law(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """c (N, K + 1) -> a, b of the noise, each (N, 1)."""
-        if self.noise is not None:
-            a, b = self.noise
-            return torch.full_like(c[:, :1], a), torch.full_like(c[:, :1], b)
-        gain = c[:, :1].clamp_min(1e-12) / self.preset.exposure
-        return gain * gain * (self.preset.sky * self.preset.exposure), gain
+    def _law(self, c: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """c (N, K + 1), sigma (N, 1) -> a, b of the noise, each (N, 1).
 
-    def _variance(self, model: Tensor, c: Tensor) -> Tensor:
-        """Of a pixel of full size. model (N, n), c (N, K + 1) -> (N, n)."""
-        a, b = self._law(c)
+        An image that was scaled to its own range has a gain of its own: that of its source's amplitude where the preset
+        fixes I_s, otherwise that which makes the noise of the sky what is measured.
+        """
+        if self.instrument is None:
+            a, b = self.noise or (0.0, 0.0)
+            return torch.full_like(sigma, a), torch.full_like(sigma, b)
+        a, b, per_I_s = self.instrument
+        if self.preset.scaling == "none":
+            gain = torch.ones_like(sigma)
+        elif per_I_s:
+            gain = c[:, :1].clamp_min(1e-12) / per_I_s
+        else:
+            gain = sigma / a**0.5
+        return gain * gain * a, gain * b
+
+    def _variance(self, model: Tensor, c: Tensor, sigma: Tensor) -> Tensor:
+        """Of a pixel of full size. model (N, n), c (N, K + 1), sigma (N, 1) -> (N, n)."""
+        a, b = self._law(c, sigma)
         return a + b * (model - c[:, -1:]).clamp_min(0)
 
-    def _starts(self, images: Tensor) -> Tensor:
+    def _starts(self, images: Tensor, sigma: Tensor) -> Tensor:
         """The lenses of the library that are nearest to the images, (N, STARTS, P)."""
-        flat = images.flatten(1)
-        middle = flat.median(1, keepdim=True).values  # most pixels are sky
-        below = torch.where(flat < middle, middle - flat, torch.nan)
-        sigma = 1.4826 * below.nanmedian(1, keepdim=True).values.nan_to_num(0).clamp_min(1e-10)
         data = self._pooled(images, self.coarse).flatten(1)
+        above = (data - data.median(1, keepdim=True).values).clamp_min(0)  # most pixels are sky
         # Photon noise grows with the signal; with one weight for all, the brightest pixels alone would choose.
-        w = 1 / (sigma.square() + 0.05 * sigma * (data - middle).clamp_min(0))
-        # Weighted least squares of amplitude and sky, in closed form for every pair of image and template.
-        t = self.templates[:, 0]
-        one, mean, square = w.sum(1, keepdim=True), w @ t.T, w @ (t * t).T
-        target, total = (w * data).sum(1, keepdim=True), (w * data) @ t.T
-        covariance, variance = one * total - mean * target, (one * square - mean * mean).clamp_min(1e-30)
-        explained = torch.where(covariance > 0, covariance.square() / variance, 0.0)
+        w = 1 / (sigma.square() + 0.05 * sigma * above)
+        # Weighted least squares of the amplitudes and the sky, for every pair of image and template.
+        t = self.templates
+        right = torch.stack([(w * data) @ part.T for part in t], -1).double()
+        normal = torch.stack([torch.stack([w @ (i * j).T for j in t], -1) for i in t], -1).double()
+        scale = normal.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30).sqrt()
+        normal = normal / (scale[..., None] * scale[..., None, :]) + 1e-6 * torch.eye(len(t), device=w.device)
+        solution = torch.linalg.solve(normal, (right / scale)[..., None])[..., 0]
+        explained = (solution * right / scale).sum(-1)
+        explained = torch.where(solution[..., 0] > 0, explained, -torch.inf)
         return self.library[explained.topk(STARTS, dim=1).indices]
 
-    def _descend(self, u: Tensor, images: Tensor, factor: int, points: int, steps: int) -> "_Descent":
+    def _descend(self, u: Tensor, images: Tensor, sigma: Tensor, factor: int, points: int, steps: int) -> "_Descent":
         """Levenberg-Marquardt from u (N, P) on images pooled by `factor`, until each moves by less than 0.1 sigma."""
         grid = self.grids[factor, points]
         data = self._pooled(images, factor).flatten(1)
@@ -310,14 +336,14 @@ class LensFitter:
         design = self._design(light(u))
         c = _solve_linear(design, data, keep.expand_as(data))
         for _ in range(2):
-            c = _solve_linear(design, data, keep / self._variance(_combine(c, design), c))
+            c = _solve_linear(design, data, keep / self._variance(_combine(c, design), c, sigma))
         hessian = torch.eye(u.shape[1], device=u.device, dtype=torch.float64).repeat(len(u), 1, 1)
         damping = torch.full((len(u), 1), 1e-3, device=u.device, dtype=torch.float64)
         active = torch.arange(len(u), device=u.device)
         for _ in range(steps):
             d, y, a = design[active], data[active], c[active]
             model = _combine(a, d)
-            w = keep / self._variance(model, a)
+            w = keep / self._variance(model, a, sigma[active])
             residual = y - model
             j = (slope(u[active]) * a[:, :-1, None, None]).sum(1).mT  # (N, P, n)
             # What the amplitudes can absorb is no slope (variable projection; Kaufman 1975).
@@ -341,10 +367,10 @@ class LensFitter:
             if not len(active):
                 break
         model = _combine(c, design)
-        w = keep / self._variance(model, c)
+        w = keep / self._variance(model, c, sigma)
         squares = w * (data - model).square()
         chi2 = squares.sum(1)
-        lit = (model - c[:, -1:] > 5 * self._law(c)[0].sqrt()) & (keep > 0)
+        lit = (model - c[:, -1:] > 5 * self._law(c, sigma)[0].sqrt()) & (keep > 0)
         chi2_lit = (squares * lit).sum(1) / lit.sum(1).clamp_min(1)
         sky = (w * data).sum(1, keepdim=True) / w.sum(1, keepdim=True)
         snr = ((w * (data - sky).square()).sum(1) - chi2).clamp_min(0).sqrt()
@@ -356,6 +382,36 @@ class LensFitter:
     def _design(light: Tensor) -> Tensor:
         """(N, K, n) -> (N, K + 1, n): the level of the sky is one more image whose brightness is free."""
         return torch.cat([light, torch.ones_like(light[:, :1])], 1)
+
+
+def _instrument(preset: Preset, drawn: dict[str, np.ndarray]) -> tuple[float, float, float]:
+    """a, b of the noise in the unit of its detector, variance = a + b signal; and that unit per I_s, 0 if I_s varies."""
+    if "exposure" not in drawn or np.ptp(drawn["exposure"]) > 0 or preset.noise not in ("poisson", "ccd"):
+        raise UserError(
+            f"the noise of preset {preset.name} is not the same affine function of the signal in every image: "
+            "say what it is (--noise A,B)"
+        )
+    exposure, I_s = float(drawn["exposure"][0]), drawn["I_s"]
+    fixed = float(I_s[0]) if np.ptp(I_s) == 0 else 0.0
+    if preset.noise == "poisson":  # counts
+        return preset.number("sky") * exposure, 1.0, exposure * fixed
+    n = preset.number("exposures")  # e-/s
+    sky = 10 ** (-0.4 * (preset.number("sky_brightness") - preset.number("zero_point"))) * preset.pixel_scale**2
+    read = preset.number("read_noise") ** 2 + preset.number("gain") ** 2 / 12  # a step of the gain, rounded
+    return sky / (exposure * n) + read / (exposure**2 * n), 1 / (exposure * n), fixed
+
+
+def _sky_noise(images: Tensor) -> Tensor:
+    """(N, 1, H, W) -> (N, 1), the standard deviation of the pixel noise in the darker half of each image.
+
+    From second differences in both directions, which cancel the light, and their median, which a star does not move.
+    """
+    second = torch.tensor([1.0, -2.0, 1.0], device=images.device)
+    rough = conv2d(images, (second[:, None] * second / 6)[None, None]).flatten(1).abs()
+    smooth = avg_pool2d(images, 3, stride=1).flatten(1)
+    dark = smooth <= smooth.median(1, keepdim=True).values
+    sigma = torch.where(dark, rough, torch.nan).nanmedian(1, keepdim=True).values * 1.4826
+    return sigma.clamp_min(1e-10 * (1 + images.flatten(1).abs().amax(1, keepdim=True)))
 
 
 def _combine(c: Tensor, design: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ SOFTENING = 1e-24  # arcsec^2: only keeps a point that falls on a point mass fro
 def surface_brightness(p: Parameters, x: Tensor, y: Tensor) -> Tensor:
     """Surface brightness at the points (x, y) [arcsec] of the image plane, in the units of I_s and I_light."""
     alpha_x, alpha_y = deflection(p, x, y)
-    light = _sersic(p, "s", p["x_s"], p["y_s"], x - alpha_x, y - alpha_y)
+    light = sersic(p, "s", p["x_s"], p["y_s"], x - alpha_x, y - alpha_y)
     if "I_light" in p:
-        light = light + _sersic(p, "light", 0.0, 0.0, x, y)
+        light = light + sersic(p, "light", 0.0, 0.0, x, y)
     return light
 
 
@@ -169,7 +169,8 @@ def _line_frame(x0: Tensor, y0: Tensor, angle: Tensor, x: Tensor, y: Tensor) -> 
     return c * dx + s * dy, c * dy - s * dx, c, s
 
 
-def _sersic(p: Parameters, of: str, x0: Tensor | float, y0: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
+def sersic(p: Parameters, of: str, x0: Tensor | float, y0: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
+    """Surface brightness of the profile whose parameters end in `of`, centred at (x0, y0) [arcsec]."""
     q, n = p[f"q_{of}"], p[f"n_{of}"]
     major = p[f"R_{of}"] / torch.sqrt(q)  # the radius that caustics asks for
     return func.brightness_sersic(
