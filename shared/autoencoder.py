@@ -5,28 +5,14 @@ quantiser and the pixel noise are the autoencoder's own business, so no caller c
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 
 Shape = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class PixelTransform:
-    """The one map between a data set's own units and the network's range: [low, high] <-> [-1, 1], linearly."""
-
-    low: float
-    high: float
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return (images - self.low) * (2.0 / (self.high - self.low)) - 1.0
-
-    def inverse(self, scaled: Tensor) -> Tensor:
-        return (scaled + 1.0) * ((self.high - self.low) / 2.0) + self.low
 
 
 def _shape(sizes: Sequence[int]) -> Shape:
@@ -47,10 +33,10 @@ class Autoencoder(nn.Module):
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, image_shape: Shape, latent_shape: Shape, value_range: tuple[float, float]) -> None:
+    def __init__(self, image_shape: Shape, latent_shape: Shape, transform: PixelTransform) -> None:
         super().__init__()
         self.image_shape, self.latent_shape = _shape(image_shape), _shape(latent_shape)
-        self.transform = PixelTransform(*value_range)
+        self.transform = transform
         # nan until `fit_latents`: an autoencoder without its statistics must not pass for one that has them.
         self.register_buffer("latent_mean", torch.full((latent_shape[0], 1, 1), torch.nan))
         self.register_buffer("latent_std", torch.full((latent_shape[0], 1, 1), torch.nan))
@@ -115,8 +101,8 @@ class Pixels(Autoencoder):
     Its statistics make the pixels zero-mean and of unit variance; its decoder clips to the data's range once, at the end.
     """
 
-    def __init__(self, image_shape: Shape, value_range: tuple[float, float]) -> None:
-        super().__init__(image_shape, image_shape, value_range)
+    def __init__(self, image_shape: Shape, transform: PixelTransform) -> None:
+        super().__init__(image_shape, image_shape, transform)
 
     def to_raw(self, scaled: Tensor) -> Tensor:
         return scaled

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shared.autoencoder import Autoencoder, Pixels
+from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.files import sha256
 from shared.registry import build
@@ -110,14 +111,18 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]
 
 def autoencoder_config(autoencoder: Autoencoder, spec: dict[str, Any]) -> dict[str, Any]:
     """What `build_autoencoder` needs: the spec of the config, and the shapes and units the data gave it."""
-    t = autoencoder.transform
-    return {"spec": spec, "image_shape": list(autoencoder.image_shape), "value_range": [t.low, t.high]}
+    return {"spec": spec, "image_shape": list(autoencoder.image_shape), **autoencoder.transform.to_config()}
 
 
 def build_autoencoder(config: dict[str, Any], state: dict[str, Tensor]) -> Autoencoder:
     """Rebuild an autoencoder, frozen and in eval mode, from `autoencoder_config` and its tensors."""
-    shape, value_range = tuple(config["image_shape"]), tuple(config["value_range"])
-    model = build("autoencoder", config["spec"], image_shape=shape, value_range=value_range)
+    try:
+        shape, transform = tuple(config["image_shape"]), PixelTransform.from_config(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the model's config has damaged shapes or units ({error}): train or download it again"
+        ) from error
+    model = build("autoencoder", config["spec"], image_shape=shape, transform=transform)
     fill(model, state, "autoencoder")
     return model.require_latents().requires_grad_(False).eval()
 
@@ -132,14 +137,14 @@ def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
 
 
 def load_autoencoder(
-    path: str, image_shape: tuple[int, int, int], value_range: tuple[float, float]
+    path: str, image_shape: tuple[int, int, int], transform: PixelTransform
 ) -> tuple[Autoencoder, dict]:
     """What stage 2 stands on: a model of stage 1, or `pixels`. Returns it with its `autoencoder_config`.
 
-    image_shape, value_range   of the data that it will meet; a model made for others is refused
+    image_shape, transform   of the data that it will meet; a model made for others is refused
     """
     if path == "pixels":
-        model: Autoencoder = Pixels(image_shape, value_range)
+        model: Autoencoder = Pixels(image_shape, transform)
         return model, autoencoder_config(model, {"name": "pixels"})
     config, state = load(path, "autoencoder")
     model = build_autoencoder(config["autoencoder"], state)
@@ -147,15 +152,17 @@ def load_autoencoder(
         raise UserError(
             f"{path} was trained on images of shape {model.image_shape}, the data have {tuple(image_shape)}"
         )
-    require_units(model, value_range, path)
+    require_units(model, transform, path)
     return model, config["autoencoder"]
 
 
-def require_units(model: Autoencoder, value_range: tuple[float, float], what: str) -> None:
-    """Refuse data whose range is so different from that of a model's that they must be in other units."""
-    low, high = model.transform.low, model.transform.high
-    if abs(low - value_range[0]) + abs(high - value_range[1]) > 0.2 * (high - low):
-        raise UserError(f"{what} was trained on values in [{low:g}, {high:g}], the data have {list(value_range)}")
+def require_units(model: Autoencoder, transform: PixelTransform, what: str) -> None:
+    """Refuse data of another normalisation than a model's, or of a range so different that they are in other units."""
+    if not model.transform.agrees(transform):
+        raise UserError(
+            f"{what} was trained on {model.transform}, the data have {transform}: prepare them in the same units, "
+            f"with --normalise {model.transform.option}"
+        )
 
 
 def fingerprint(path: str | Path) -> str:

@@ -25,8 +25,9 @@ class VQVAEModule(StageModule):
         train, held_out = images.split("train"), images.split("validation")
         super().__init__(config, network, lambda i: images.batch(train[i.numpy()]), len(train))
         self.held_out = images.batch(held_out[:VALIDATION])
-        law = estimate_law(self.unit(network.transform(images.batch(train[:VALIDATION]))))
-        self.criterion = ReconstructionLoss(**config.loss.model_dump(), law=law)
+        transform = network.transform
+        law = estimate_law(transform.light(self.unit(transform(images.batch(train[:VALIDATION])))))
+        self.criterion = ReconstructionLoss(**config.loss.model_dump(), law=law, transform=transform)
 
     @staticmethod
     def unit(scaled: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class NoiseLaw(nn.Module):
         dark = (clean - self.background) < 2 * self.a.sqrt()
         r = residual[dark].double()
         r = r - r.mean()
-        self.skew.copy_((r.pow(3).mean() / r.square().mean().clamp_min(1e-30)).clamp(0, float(3 * self.a.sqrt())))
+        self.skew.copy_((r.pow(3).mean() / r.square().mean().clamp_min(1e-60)).clamp(0, float(3 * self.a.sqrt())))
         curve = {"signal": s, "variance": v, "residual_variance": total, "law": a + b * s, "pixels": count[keep]}
         return {key: value.tolist() for key, value in curve.items()}
 
@@ -121,11 +121,11 @@ def _thin(values: Tensor, limit: int = 1_000_000) -> Tensor:
 
 def _affine(s: Tensor, v: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Least squares of v = a + b s with a > 0, b >= 0. A variance estimated from n squares has a variance of 2 v²/n."""
-    fitted = v
+    fitted, least = v, (1e-9 * v.max()).clamp_min(1e-60)  # relative: units may be counts or janskys
     for _ in range(4):
-        w = count / fitted.square().clamp_min(1e-30)
+        w = count / fitted.clamp_min(least).square()
         sm, vm = (w * s).sum() / w.sum(), (w * v).sum() / w.sum()
         b = ((w * (s - sm) * (v - vm)).sum() / (w * (s - sm).square()).sum().clamp_min(1e-30)).clamp_min(0)
-        a = (vm - b * sm).clamp_min(1e-12)
+        a = (vm - b * sm).clamp_min(least)
         fitted = a + b * s
     return a, b

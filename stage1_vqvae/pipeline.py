@@ -9,6 +9,7 @@ from tqdm import tqdm
 from shared.checkpoint import autoencoder_config, publish
 from shared.config import to_dict
 from shared.data.cache import LensImages
+from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.precision import autocast, choose_device, resolve_precision
 from shared.registry import build
@@ -18,7 +19,8 @@ from shared.training import fit
 from stage1_vqvae.module import VQVAEModule
 from stage1_vqvae.vqvae import VQVAE
 
-LIT = 0.1  # of full scale above the background: where a lens is bright enough for its noise to matter to a fit
+# Of full scale, as the network sees it, above the background: where a lens is bright enough for its noise to matter to a fit.
+LIT = 0.1
 
 
 def train(config: Stage1, resume: str = "auto") -> Path:
@@ -34,7 +36,7 @@ def train(config: Stage1, resume: str = "auto") -> Path:
         return run.model
     spec = to_dict(config)["autoencoder"]
     torch.manual_seed(config.seed)
-    network = build("autoencoder", spec, image_shape=images.image_shape, value_range=images.value_range)
+    network = build("autoencoder", spec, image_shape=images.image_shape, transform=images.transform)
     module = VQVAEModule(config, network, images)
     fit(module, run, fingerprint)
     if is_main_process():
@@ -57,17 +59,18 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
         autoencoder.fit_latents(batch.to(device) for batch in images.batches(train))
         real = images.batch(held_out).to(device)
         clean = torch.cat([autoencoder.decode(autoencoder.encode(b), observed=False) for b in real.split(64)])
-    residual = real - clean
-    span = autoencoder.transform.high - autoencoder.transform.low
+    residual, transform = real - clean, autoencoder.transform
+    # As during training: of what the network sees, which under asinh says more than its brightest pixels do.
+    seen, drawn = transform.stretch(real), transform.stretch(clean)
     metrics: dict[str, Any] = {
-        "psnr": float(-10 * (residual / span).square().mean().log10()),
+        "psnr": float(-10 * ((seen - drawn) / transform.span).square().mean().log10()),
         "step": config.trainer.max_steps,
     }
     curve: dict[str, list[float]] = {}
     if config.noise.fit:
         curve = autoencoder.noise.fit(real, clean)
         law = autoencoder.noise
-        lit = clean - law.background > LIT * span
+        lit = drawn - transform.stretch(law.background) > LIT * transform.span
         if bool(lit.any()):
             excess = residual[lit].square().mean() / law.variance(clean[lit]).mean() - 1
             metrics["clean_error_over_noise"] = float(excess)
@@ -94,6 +97,7 @@ Images {published["autoencoder"]["image_shape"]} <-> a small latent grid; {confi
 
 PSNR of clean reconstructions of held-out images: {m["psnr"]:.2f} dB. It is bounded by the pixel noise, which the
 decoder leaves out and `decode(observed=True)` draws anew: {m.get("noise", "not fitted")}.
+Images and noise are in the data's own units, {PixelTransform.from_config(published["autoencoder"])}; PSNR is in the network's.
 
 Made by `python stage1_vqvae/train.py`; `training` in config.json is the whole configuration. Licence of the code: MIT.
 """

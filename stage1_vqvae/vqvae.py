@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.autoencoder import Autoencoder, Shape
+from shared.data.normalise import PixelTransform
 from shared.registry import build
 from stage1_vqvae.noise import Generators, NoiseLaw
 
@@ -72,7 +73,7 @@ class VQVAE(Autoencoder):
     def __init__(
         self,
         image_shape: Shape,
-        value_range: tuple[float, float],
+        transform: PixelTransform,
         *,
         stem: int = 5,
         strides: Sequence[int] = (2,),
@@ -86,7 +87,7 @@ class VQVAE(Autoencoder):
         channels, height, width = image_shape
         factor = stem * math.prod(strides)
         grid = (-(-height // factor), -(-width // factor))
-        super().__init__(image_shape, (latent_channels, *grid), value_range)
+        super().__init__(image_shape, (latent_channels, *grid), transform)
         bottom, right = grid[0] * factor - height, grid[1] * factor - width
         self.padding = (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2)
         self.encoder = encoder(channels, stem, strides, widths, encoder_blocks, latent_channels)

@@ -11,6 +11,7 @@ Writes metrics.json and report.html.
 import argparse
 import json
 import math
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from shared.checkpoint import require_units, versions
 from shared.cli import guard
 from shared.data.cache import LensImages
+from shared.data.normalise import PixelTransform, hint
 from shared.errors import UserError
 from shared.files import write_atomically
 from shared.metrics import efficientnet, fid, physics
@@ -98,7 +100,7 @@ def check_reference(generator: Generator, reference: LensImages, name: str, coun
         raise UserError(
             f"the model makes images {generator.autoencoder.image_shape}, {name} has {reference.image_shape}"
         )
-    require_units(generator.autoencoder, reference.value_range, f"the model of {generator.config['data']['name']}")
+    require_units(generator.autoencoder, reference.transform, f"the model of {generator.config['data']['name']}")
     return check_count(reference, name, count)
 
 
@@ -141,14 +143,18 @@ def evaluate(
         for k, part in enumerate(halves[1].split(64))
     ])  # fmt: skip
     sets = {"reference": halves[0], "real": halves[1], "reconstructions": reconstructions, "samples": samples}
-    metrics: dict[str, Any] = {"n": n, "value_range": list(reference.value_range), "distances": {}}
+    transform = reference.transform
+    if advice := hint(transform, reference.index["statistics"]):
+        print(f"warning: {advice}", file=sys.stderr)
+    metrics: dict[str, Any] = {"n": n, **transform.to_config(), "distances": {}}
     for network in networks:
         with tqdm(total=4 * n, desc=f"{network.metric} features", unit="image", disable=None, leave=False) as bar:
             found = {
-                k: fid.features(network, images, reference.value_range, progress=bar.update)
+                k: fid.features(network, transform.unit(images), (0.0, 1.0), progress=bar.update)
                 for k, images in sets.items()
             }
-        scores = fid.score(found.pop("reference"), found.pop("real"), found, network, reference.value_range)
+        real = found.pop("reference"), found.pop("real")
+        scores = fid.score(*real, found, network, reference.value_range, stretch=transform.stretched)
         metrics["distances"][network.metric] = {k: score.to_dict() for k, score in scores.items()}
     measured = {k: physics.summaries(images, reference.value_range) for k, images in sets.items()}
     metrics["physics"] = {
@@ -189,20 +195,20 @@ def physics_rows(scores: dict[str, Any]) -> list[list[str]]:
 
 def report(generator: Generator, metrics: dict[str, Any], sets: dict[str, Tensor], model: Path) -> Report:
     """The one-file report: pictures first, then the curves, then the numbers and how they came about."""
-    n, value_range = metrics["n"], tuple(metrics["value_range"])
+    n, transform = metrics["n"], PixelTransform.from_config(metrics)
     config, sampling = generator.config, metrics["sampling"]
     page = Report(
         f"lens-ldm: {config['training']['name']}",
         f"{n} samples, {sampling['steps']} steps of {sampling['sampler']} (shift {sampling['shift']:g}), beside {n} real "
-        f"images of the test split of {metrics['reference']}. All pictures are on one scale, {value_range[0]:g} to "
-        f"{value_range[1]:g}.",
+        f"images of the test split of {metrics['reference']}. All pictures are on one scale, {transform.low:g} to "
+        f"{transform.high:g}, {transform.stretched}.",
     )
     for key, heading in (
         ("samples", "Generated: the first samples, none picked"),
         ("real", "Real: test images, none picked"),
         ("reconstructions", "The same test images through the autoencoder and back"),
     ):
-        page.section(heading).picture(grid(sets[key][:SHOWN], 8, value_range), heading)
+        page.section(heading).picture(grid(transform.unit(sets[key][:SHOWN]), 8), heading)
 
     header, *rows = score_rows(metrics)
     page.section(
@@ -212,7 +218,11 @@ def report(generator: Generator, metrics: dict[str, Any], sets: dict[str, Tensor
     ).table(header, rows)
     for name, scores in metrics["distances"].items():
         s = scores["samples"]
-        page.section("", f"{name}: features of {s['extractor']}, resized {s['resizer']}, clamped and rounded to uint8.")
+        page.section(
+            "",
+            f"{name}: features of {s['extractor']}, resized {s['resizer']}, {s['stretch']} grey levels, "
+            "clamped and rounded to uint8.",
+        )
 
     page.section(
         "Physics",
@@ -242,15 +252,21 @@ def spectra(sets: dict[str, Tensor], config: dict[str, Any]) -> Any:
         power.plot(k, means[name], style, lw=1.3, label=name)
         if name != "real":
             ratio.plot(k, means[name] / means["real"], style, lw=1.3, label=f"{name} / real")
-        low, high = config["autoencoder"]["value_range"]
-        edges = np.linspace(low, high, 101)
+        transform = PixelTransform.from_config(config["autoencoder"])
+        edges = transform.inverse(torch.linspace(-1, 1, 101, dtype=torch.float64)).numpy() - transform.pivot
         histogram.stairs(
-            np.histogram(sets[name].numpy(), edges, density=True)[0], edges, label=name, color=style[:-1].strip("-")
+            np.histogram(sets[name].double().numpy() - transform.pivot, edges, density=True)[0],
+            edges,
+            label=name,
+            color=style[:-1].strip("-"),
         )
     power.set(title="power spectrum", xlabel="k [cycles / pixel]", yscale="log")
     ratio.set(title="over real", xlabel="k [cycles / pixel]", ylim=(0.5, 1.5))
     ratio.axhline(1, color="k", lw=0.6)
     histogram.set(title="pixel values", yscale="log")
+    if transform.scale is not None:
+        histogram.set_xscale("asinh", linear_width=transform.scale)
+        histogram.set_xlabel(f"above the sky, {transform.pivot:.4g}")
     for axis in (power, ratio, histogram):
         axis.legend(fontsize=8)
     return rasterise(figure)

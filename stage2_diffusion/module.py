@@ -62,9 +62,7 @@ class DiffusionModule(StageModule):
             title = (
                 f"step {self.trainer.global_step}: {self.config.sampling.steps} steps of {self.config.sampling.sampler}"
             )
-            value_range = (self.frozen[0].transform.low, self.frozen[0].transform.high)
-            save_grid(
-                folder / f"{self.trainer.global_step:07d}.png", images, columns=8, value_range=value_range, title=title
-            )
+            pictures = self.frozen[0].transform.unit(images)
+            save_grid(folder / f"{self.trainer.global_step:07d}.png", pictures, columns=8, title=title)
         shadow.train(was_training)
         return metrics

@@ -25,7 +25,7 @@ HELD_OUT = 256  # validation images whose latents are watched
 def train(config: Stage2, resume: str = "auto") -> Path:
     """Config -> the folder of the published generator."""
     images = LensImages(config.data.path)
-    autoencoder, autoencoder_config = load_autoencoder(config.autoencoder, images.image_shape, images.value_range)
+    autoencoder, autoencoder_config = load_autoencoder(config.autoencoder, images.image_shape, images.transform)
     made_from = {"data": images.fingerprint, "autoencoder": fingerprint(config.autoencoder)}
     run = Run(config, resume)
     if run.is_complete(made_from):

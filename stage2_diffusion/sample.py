@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from shared.checkpoint import versions
 from shared.cli import guard
+from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.registry import names
 from shared.report import save_grid
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.perf_counter() - started
     metadata = {
         "model": str(a.model), "weights_sha256": generator.config["sha256"], **settings, "observed": not a.clean,
-        "first_seed": a.seed, "count": a.count, "value_range": generator.config["autoencoder"]["value_range"],
+        "first_seed": a.seed, "count": a.count, **generator.autoencoder.transform.to_config(),
         "device": str(generator.device), "lenses_per_second": round(a.count / seconds, 2), "versions": versions(),
     }  # fmt: skip
     save_samples(a.out, images, seeds, metadata)
@@ -102,8 +103,8 @@ def save_samples(folder: Path, images: Tensor, seeds: range, metadata: dict[str,
             metadata=np.asarray(json.dumps(metadata)),
         )
         os.replace(temporary, folder / "samples.npz")
-        shown = images[:SHOWN]
-        save_grid(folder / "grid.png", shown, columns=8, value_range=tuple(metadata["value_range"]), metadata=metadata)
+        shown = PixelTransform.from_config(metadata).unit(images[:SHOWN])
+        save_grid(folder / "grid.png", shown, columns=8, metadata=metadata)
     except OSError as error:
         raise UserError(f"cannot write the samples to {folder}: {error.strerror or error}") from error
     finally:

@@ -1,7 +1,8 @@
 """One data set on disk, written once and read by everything.
 
 data/<name>/images.npy   (N, C, H, W) float32, a plain .npy file, memory-mapped; in the data set's own units
-data/<name>/index.json   source, range, statistics, classes, labels, parameters, files, hashes, split
+data/<name>/index.json   source, normalisation, range, transform, statistics, classes, labels, parameters, files, hashes,
+                         split
 
 `CacheWriter` writes such a folder chunk by chunk and goes on where it was interrupted; `LensImages` reads it;
 `StepSampler` says which images the batch of a step holds. `lens-ldm prepare` (shared/readers.py) and
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from shared.data.normalise import Normalisation, PixelTransform, rescale, restore, sky
 from shared.errors import UserError
 from shared.files import write_atomically
 
@@ -33,8 +35,10 @@ SPLIT = {"train": 0.75, "validation": 0.05, "test": 0.20}
 IMAGES, INDEX = "images.npy", "index.json"
 # An unfinished cache carries these two names instead, so that it cannot be taken for a finished one.
 PARTIAL, PROGRESS = "images.npy.partial", "progress.json"
+LIMITS, LIMITS_SIZE = "limits.partial", 16  # beside them under `minmax`: each image's low and high, float64
 MEDIAN_PIXELS = 1 << 20
 AGAIN = "delete the folder and prepare it again"
+NONE = Normalisation()
 
 
 class CacheWriter:
@@ -45,17 +49,27 @@ class CacheWriter:
     image_shape  (C, H, W)
     source       JSON-able, identifies the request: kind, every number, seed
     chunk        images a write; an interrupted cache keeps the chunk it began with
+    normalise    between the data's units and the network's range; part of the request
 
     Raises UserError if the folder holds anything else, cannot be written, or the disk is too small.
     """
 
     complete: bool
 
-    def __init__(self, folder: Path, count: int, image_shape: tuple[int, int, int], source: dict, chunk: int = 256):
+    def __init__(
+        self,
+        folder: Path,
+        count: int,
+        image_shape: tuple[int, int, int],
+        source: dict,
+        chunk: int = 256,
+        normalise: Normalisation = NONE,
+    ):
         if count < 1:
             raise UserError(f"a data set of {count} images cannot be written to {folder}: ask for at least 1")
         self.folder, self.count, self.image_shape, self.chunk = Path(folder), count, tuple(image_shape), chunk
-        request = {"count": count, "image_shape": self.image_shape, "source": source}
+        self._normalise = normalise
+        request = {"count": count, "image_shape": self.image_shape, "source": source, "normalisation": str(normalise)}
         self._request = json.loads(json.dumps(request))  # tuples become lists, as they will when read back
         self._header = _npy_header_bytes((count, *self.image_shape))
         self._done: set[int] = set()
@@ -72,7 +86,7 @@ class CacheWriter:
     def write(self, indices: range, images: np.ndarray) -> None:
         """Store one pending chunk; when this returns, the chunk survives a kill and a power cut.
 
-        images  (len(indices), C, H, W), finite
+        images  (len(indices), C, H, W), finite, in the data's own units; each one passes `Normalisation.check`
         """
         if self.complete or indices.start in self._done or indices != self._range(indices.start):
             raise ValueError(f"{indices} is not a pending chunk of {self.folder}")
@@ -81,13 +95,15 @@ class CacheWriter:
         images = np.ascontiguousarray(images, dtype="<f4")
         if not np.isfinite(images).all():
             raise ValueError(f"chunk {indices} holds NaN or infinity")
+        limits = None
+        if self._normalise.name == "minmax":
+            images, limits = rescale(images)
         # Ordinary writes and not a memory map: a full disk is then an OSError, where a map would die of SIGBUS.
-        with self._disk_errors(), open(self.folder / PARTIAL, "r+b") as file:
-            file.write(self._header)
-            file.seek(self._offset(indices.start))
-            file.write(images.data)
-            file.flush()
-            os.fsync(file.fileno())
+        with self._disk_errors():
+            if limits is not None:
+                (self.folder / LIMITS).touch()
+                _write_at(self.folder / LIMITS, {indices.start * LIMITS_SIZE: limits.astype("<f8").data})
+            _write_at(self.folder / PARTIAL, {0: self._header, self._offset(indices.start): images.data})
             self._save_progress({*self._done, indices.start})
         self._done.add(indices.start)
 
@@ -104,14 +120,14 @@ class CacheWriter:
     ) -> None:
         """Measure the images and write index.json, which makes the cache complete; on a complete one, do nothing.
 
-        value_range  the range of the units; None: (0, 1) if no value leaves it, otherwise the observed (min, max)
+        value_range  the range of the units, if it is known and not `fixed`; None: see `Normalisation.transform`
         parameters   {"theta_E": {"unit": "arcsec", "values": N numbers}, ...}; NaN, stored as null: has no such value
         labels       N indices into `classes`
         files        N names
         about        more keys of the index
         hashes       what the images must hash to, where they are copies
 
-        Raises UserError, and forgets the images, if one has another hash.
+        Raises UserError, and discards the images, if they do not allow the normalisation or one has another hash.
         """
         if self.complete:
             return
@@ -121,6 +137,8 @@ class CacheWriter:
         columns["labels"] = None if labels is None else np.asarray(labels).tolist()
         columns = {key: column for key, column in columns.items() if column is not None}
         lengths = {key: len(column) for key, column in columns.items() if key != "classes"}
+        if self._normalise.name == "minmax":
+            parameters = self._with_limits(parameters)
         if parameters is not None:
             columns["parameters"] = {k: {**v, "values": _numbers(v["values"])} for k, v in parameters.items()}
             lengths |= {k: len(v["values"]) for k, v in columns["parameters"].items()}
@@ -128,32 +146,31 @@ class CacheWriter:
             if length != self.count:
                 raise ValueError(f"{key}: {length} values for {self.count} images")
         with self._disk_errors():
-            statistics, found = _survey(np.lib.format.open_memmap(self.folder / PARTIAL, mode="r"))
+            images = np.lib.format.open_memmap(self.folder / PARTIAL, mode="r")
+            statistics, found = _survey(images, with_sky=self._normalise.name == "asinh")
             if hashes is not None and (wrong := [i for i in range(self.count) if found[i] != hashes[i]]):
                 self.discard()
                 raise UserError(
                     f"{len(wrong)} images of {self.folder}, the first number {wrong[0]}, are not what their source says "
                     "they are: delete the part they come from, make it again and then copy again"
                 )
-            if value_range is None:
-                low, high = statistics["min"], statistics["max"]
-                value_range = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+            try:
+                units = self._normalise.transform(statistics, value_range).to_config()
+            except UserError as error:
+                self.discard()
+                raise UserError(f"{self.folder} was not written: {error}") from error
             os.replace(self.folder / PARTIAL, self.folder / IMAGES)
-            index = {"format": FORMAT, "name": self.folder.resolve().name, **self._request, "range": list(value_range)}
-            index |= {
-                "statistics": statistics,
-                **(about or {}),
-                **columns,
-                "hashes": found,
-                "split": {"fractions": SPLIT},
-            }
+            index = {"format": FORMAT, "name": self.folder.resolve().name, **self._request}
+            index |= {"range": units.pop("value_range"), **units, "statistics": statistics}
+            index |= {**(about or {}), **columns, "hashes": found, "split": {"fractions": SPLIT}}
             _write_json(self.folder / INDEX, index)
             (self.folder / PROGRESS).unlink()
+            (self.folder / LIMITS).unlink(missing_ok=True)
         self.complete = True
 
     def discard(self) -> None:
         """Remove an unfinished cache, for a request that turned out to be impossible."""
-        for name in (PARTIAL, PROGRESS):
+        for name in (PARTIAL, PROGRESS, LIMITS):
             (self.folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # the folder stays if anything else is in it
             self.folder.rmdir()
@@ -164,7 +181,8 @@ class CacheWriter:
             self._compare(LensImages(folder).index)
             self.complete = True
             with contextlib.suppress(OSError):  # left by a kill at the very last step
-                (folder / PROGRESS).unlink()
+                (folder / PROGRESS).unlink(missing_ok=True)
+                (folder / LIMITS).unlink()
         elif (folder / PROGRESS).exists():
             progress = _read_json(folder / PROGRESS, ("count", "image_shape", "source", "chunk", "done"))
             self._compare(progress)
@@ -174,6 +192,10 @@ class CacheWriter:
             (folder / PARTIAL).touch()
             size = (folder / PARTIAL).stat().st_size
             self._done = {i for i in progress["done"] if self._offset(self._range(i).stop) <= size}
+            if self._normalise.name == "minmax":
+                (folder / LIMITS).touch()
+                size = (folder / LIMITS).stat().st_size
+                self._done = {i for i in self._done if self._range(i).stop * LIMITS_SIZE <= size}
             self._check_space()
         else:
             if folder.is_dir() and (names := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))):
@@ -184,7 +206,16 @@ class CacheWriter:
             self._save_progress(set())
             (folder / PARTIAL).touch()
 
+    def _with_limits(self, parameters: dict[str, dict] | None) -> dict[str, dict]:
+        if taken := {"low", "high"} & set(parameters or {}):
+            self.discard()
+            raise UserError(f"the data have a column {taken.pop()!r}, a name that minmax needs for its own: rename it")
+        low, high = np.fromfile(self.folder / LIMITS, "<f8").reshape(self.count, 2).T
+        own = {name: {"unit": "data", "values": values} for name, values in (("low", low), ("high", high))}
+        return {**(parameters or {}), **own}
+
     def _compare(self, found: dict) -> None:
+        found = {"normalisation": str(NONE), **found}  # which older ones do not say
         there, here = _flat({key: found[key] for key in self._request}), _flat(self._request)
         keys = [key for key in here | there if here.get(key) != there.get(key)]
         differences = [f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys]
@@ -227,6 +258,7 @@ class LensImages:
     images       (N, C, H, W) float32, a read-only memory map
     index        what index.json holds
     image_shape  (C, H, W)
+    transform    between the data set's units and the network's range
     value_range  (low, high) of the data set's units
     """
 
@@ -236,10 +268,15 @@ class LensImages:
         self.name: str = self.index["name"]
         channels, height, width = self.index["image_shape"]
         self.image_shape: tuple[int, int, int] = (channels, height, width)
-        low, high = self.index["range"]
-        self.value_range: tuple[float, float] = (low, high)
-        # Of the pixels and their order: what a run and its continuation must have in common.
-        self.fingerprint = hashlib.sha256("".join(self.index["hashes"]).encode()).hexdigest()[:16]
+        try:
+            self.transform = PixelTransform.from_config({**self.index, "value_range": self.index["range"]})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.path / INDEX} has a damaged range or transform ({error}): {AGAIN}") from error
+        self.value_range = (self.transform.low, self.transform.high)
+        # Of the pixels, their order and what a network sees of them: what a run and its continuation have in common.
+        pixels, normalisation = "".join(self.index["hashes"]), self.index.get("normalisation", str(NONE))
+        seen = "" if normalisation == str(NONE) else f"{normalisation} {self.transform}"
+        self.fingerprint = hashlib.sha256((pixels + seen).encode()).hexdigest()[:16]
         self.images = _open_images(self.path / IMAGES, (self.index["count"], *self.image_shape))
 
     def __len__(self) -> int:
@@ -264,6 +301,15 @@ class LensImages:
     def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """A copy of these images, (len(indices), C, H, W) float32."""
         return torch.from_numpy(np.array(self.images[np.asarray(indices, dtype=np.int64)]))
+
+    def originals(self, indices: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
+        """These images as they were before `minmax`, (len(indices), C, H, W) float32; other data were never changed."""
+        indices = np.asarray(indices, dtype=np.int64)
+        images = np.array(self.images[indices])
+        if not self.transform.per_image:
+            return images
+        low, high = (np.array(self.index["parameters"][name]["values"])[indices] for name in ("low", "high"))
+        return restore(images, low, high)
 
     def batches(self, indices: np.ndarray, size: int = 64) -> Iterator[Tensor]:
         """Copies of these images, `size` at a time."""
@@ -342,8 +388,22 @@ def _npy_header_bytes(shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def _survey(images: np.ndarray) -> tuple[dict[str, Any], list[str]]:
-    """Statistics over all pixels and a content hash of each image, a few megabytes at a time."""
+def _write_at(path: Path, parts: dict[int, Any]) -> None:
+    """Write bytes at these offsets; when this returns, they survive a power cut."""
+    with open(path, "r+b") as file:
+        for offset, content in parts.items():
+            file.seek(offset)
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _survey(images: np.ndarray, with_sky: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """Statistics over all pixels and a content hash of each image, a few megabytes at a time.
+
+    with_sky   also `background` and `noise` of the sky: each the median over the images
+    """
+    skies = []
     size, hashes = math.prod(images.shape[1:]), []
     rows, per_image = max(1, (1 << 18) // size), min(size, -(-MEDIAN_PIXELS // len(images)))
     sample, rng = np.empty((len(images), per_image), np.float32), np.random.default_rng(0)
@@ -360,14 +420,19 @@ def _survey(images: np.ndarray) -> tuple[dict[str, Any], list[str]]:
         squares += float(np.square(part.astype(np.float64) - part_mean).sum())
         squares += (part_mean - mean) ** 2 * pixels * part.size / total
         mean, pixels = mean + (part_mean - mean) * part.size / total, total
+        if with_sky:
+            skies.append(np.stack(sky(images[start : start + rows])))
+    background, noise = np.median(np.concatenate(skies, 1), axis=1).tolist() if with_sky else (None, None)
     return {
         "mean": mean,
         "std": math.sqrt(squares / pixels),
         "min": float(low),
         "max": float(high),
         "median": float(np.median(sample, overwrite_input=True)),
+        "p99": float(np.quantile(sample, 0.99)),
         "median_is": "exact" if per_image == size else f"of {per_image} random pixels of each image",
         "constant_images": constant,
+        **({"background": background, "noise": noise} if with_sky else {}),
     }, hashes
 
 

@@ -2,7 +2,8 @@
 
 SOURCE is a folder of .npy files, searched recursively, or a .zip of such a folder, one image a file, shaped
 (1, H, W), (H, W) or (H, W, 1), of any float or integer type; or one .npy file of shape (N, H, W) or (N, 1, H, W).
-Images keep their units. Class sub-folders become labels. An interrupted run goes on with the same command.
+Images keep their units, but for --normalise minmax. Class sub-folders become labels. An interrupted run goes on with
+the same command.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from shared.data.cache import CacheWriter, LensImages, read_npy_header
+from shared.data.normalise import CHOICES, Normalisation, hint
 from shared.errors import UserError
 
 LISTED = 10  # broken files named in an error
@@ -58,23 +60,28 @@ def main(argv: list[str] | None = None) -> None:
         "source", type=Path, metavar="SOURCE", help="folder or .zip of .npy images, or one .npy of many"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="data/NAME", help="where to write the data set")
+    parser.add_argument(
+        "--normalise", default="none", metavar="HOW",
+        help=f"between the data's units and the network's range: {CHOICES} (default %(default)s)",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
-    prepare(arguments.source, arguments.out)
+    prepare(arguments.source, arguments.out, arguments.normalise)
 
 
-def prepare(source: Path, out: Path) -> LensImages:
+def prepare(source: Path, out: Path, normalise: str = "none") -> LensImages:
     """Check the images of `source`, write them to a cache at `out`, print a summary, return the open cache.
 
     Raises one UserError that names every kind of fault found, the first ten faulty files and how many there are.
     """
     started = time.monotonic()
+    normalisation = Normalisation.parse(normalise)
     try:
         opened = open_source(Path(source), Path(out))
     except OSError as error:
         raise UserError(f"cannot read {error.filename or source}: {error.strerror or error}") from error
     shape, count = opened.shape, len(opened.names)
     chunk = max(1, min(256, CHUNK_BYTES // (4 * math.prod(shape))))
-    writer = CacheWriter(Path(out), count, shape, opened.request, chunk)
+    writer = CacheWriter(Path(out), count, shape, opened.request, chunk, normalisation)
     pending = writer.pending()
     faults: list[str] = []
     with tqdm(total=count, initial=count - sum(map(len, pending)), unit="image", desc=str(out), disable=None) as bar:
@@ -82,7 +89,7 @@ def prepare(source: Path, out: Path) -> LensImages:
             images = np.empty((len(indices), *shape), np.float32)
             for row, i in enumerate(indices):
                 try:
-                    images[row] = opened.read(i)
+                    images[row] = normalisation.check(opened.read(i))
                 except _UNREADABLE as error:
                     faults.append(f"{opened.names[i]}: {_reason(error)}")
                 bar.update()
@@ -269,10 +276,11 @@ def _print_summary(dataset: LensImages, done: str) -> None:
     shown = ", ".join(f"{name} {n}" for name, n in zip(index["classes"], per_class, strict=True))
     classes = f"classes: {shown}" if len(per_class) <= LISTED else f"{len(per_class)} classes"
     duplicates = len(dataset) - len(set(index["hashes"]))
-    low, high = dataset.value_range
     print(
-        f"{dataset.path} {done}: {len(dataset)} images {dataset.image_shape}, range [{low:g}, {high:g}], "
+        f"{dataset.path} {done}: {len(dataset)} images {dataset.image_shape}, {dataset.transform}, "
         f"{classes}; {duplicates} duplicates"
     )
     print("splits: " + ", ".join(f"{name} {len(dataset.split(name))}" for name in index["split"]["fractions"]))
     print(", ".join(f"{key} {statistics[key]:.4g}" for key in ("mean", "std", "median", "min", "max")))
+    if advice := hint(dataset.transform, statistics):
+        print(f"hint: {advice}", file=sys.stderr)

@@ -34,7 +34,9 @@ class Network(Protocol):
 def to_uint8(images: Tensor, value_range: tuple[float, float]) -> Tensor:
     """Return images quantised to 0 ... 255: clamped to value_range = (low, high), then rounded.
 
-    Always with the range of the data set, never of the image, and for real and generated images alike. Truncating on
+    Always with the range of the data set, never of the image, and for real and generated images alike. Linear, so for
+    data of high dynamic range give it stretched images: with 65535 to the brightest pixel, a sky of 5 counts' noise is
+    one grey level, and distances see the few bright pixels alone. Truncating on
     one side, as `.byte()` does, makes a distance of 0.5 on EfficientNet-Lite0 between equal sets.
     """
     low, high = value_range
@@ -170,6 +172,7 @@ class Score:
     extractor: str
     resizer: str
     value_range: tuple[float, float]
+    stretch: str = "linear"  # from value_range to grey levels
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -178,7 +181,8 @@ class Score:
         return (
             f"{self.metric} {self.distance:.2f}, floor {self.floor:.2f} ± {self.floor_sd:.2f}, "
             f"excess {self.excess:+.2f} ({self.n} against {self.n_reference} images; {self.extractor}; {self.resizer}; "
-            f"range {self.value_range[0]:g} to {self.value_range[1]:g})"
+            f"range {self.value_range[0]:g} to {self.value_range[1]:g}"
+            f"{'' if self.stretch == 'linear' else ', ' + self.stretch})"
         )
 
 
@@ -190,13 +194,14 @@ def score(
     value_range: tuple[float, float],
     splits: int = 5,
     seed: int = 0,
+    stretch: str = "linear",
 ) -> dict[str, Score]:
     """Return the distance of each candidate from `reference`, beside the floor: that of other real images.
 
     reference   features of real images (N, d)
     held_out    features of other real images (n, d)
     candidates  name -> features of generated images (n, d)
-    network     what made all of them, with `value_range`; they only label the scores
+    network     what made all of them, with `value_range` and `stretch`; they only label the scores
 
     A Fréchet distance shrinks with n, so each candidate needs the n of `held_out` (UserError otherwise); the excess
     over the floor hardly depends on n. The floor is the mean over random splits of the pooled real features into N and
@@ -228,5 +233,6 @@ def score(
             extractor=network.extractor,
             resizer=network.resizer,
             value_range=value_range,
+            stretch=stretch,
         )
     return scores

@@ -14,6 +14,7 @@ from PIL import Image
 
 from shared.checkpoint import load, load_autoencoder, read_config
 from shared.cli import main
+from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from stage2_diffusion.generator import Generator
 
@@ -135,7 +136,7 @@ def test_diffusion_on_pixels_is_the_same_code(at_home: Path) -> None:
 
 
 def test_published_models_survive_a_round_trip_and_refuse_damage(at_home: Path, tmp_path: Path) -> None:
-    autoencoder, _ = load_autoencoder("checkpoints/smoke-stage1", (1, 150, 150), (0.0, 1.0))
+    autoencoder, _ = load_autoencoder("checkpoints/smoke-stage1", (1, 150, 150), PixelTransform(0.0, 1.0))
     inside = Generator.from_pretrained("checkpoints/smoke-stage2", "cpu").autoencoder
     assert all(torch.equal(v, inside.state_dict()[k]) for k, v in autoencoder.state_dict().items())
     assert not any(p.requires_grad for p in autoencoder.parameters())
@@ -151,7 +152,7 @@ def test_published_models_survive_a_round_trip_and_refuse_damage(at_home: Path, 
     with pytest.raises(UserError, match="damaged"):
         read_config(copy)
     with pytest.raises(UserError, match=r"\(2, 150, 150\)"):
-        load_autoencoder("checkpoints/smoke-stage1", (2, 150, 150), (0.0, 1.0))
+        load_autoencoder("checkpoints/smoke-stage1", (2, 150, 150), PixelTransform(0.0, 1.0))
 
 
 def test_a_users_mistakes_get_one_clear_line(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

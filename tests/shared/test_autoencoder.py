@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from shared.autoencoder import Pixels, PixelTransform
+from shared.autoencoder import Pixels
+from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 
 
@@ -15,7 +16,7 @@ def test_transform_maps_the_range_to_minus_one_and_one_and_back() -> None:
 def test_latents_are_standardised_per_channel_whatever_the_batches() -> None:
     torch.manual_seed(0)
     images = torch.rand(37, 3, 8, 10) * torch.tensor([1.0, 5.0, 20.0]).view(3, 1, 1) + 7
-    model = Pixels((3, 8, 10), (7.0, 27.0))
+    model = Pixels((3, 8, 10), PixelTransform(7.0, 27.0))
     model.fit_latents(images.split(5))
     latents = model.encode(images)
     assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
@@ -24,18 +25,18 @@ def test_latents_are_standardised_per_channel_whatever_the_batches() -> None:
 
 
 def test_a_constant_channel_stays_finite() -> None:
-    model = Pixels((1, 4, 4), (0.0, 1.0))
+    model = Pixels((1, 4, 4), PixelTransform(0.0, 1.0))
     model.fit_latents([torch.full((3, 1, 4, 4), 0.25)])
     assert torch.isfinite(model.encode(torch.rand(2, 1, 4, 4))).all()
 
 
 def test_an_autoencoder_without_statistics_says_so() -> None:
     with pytest.raises(UserError, match="run stage 1 again"):
-        Pixels((1, 4, 4), (0.0, 1.0)).require_latents()
+        Pixels((1, 4, 4), PixelTransform(0.0, 1.0)).require_latents()
 
 
 def test_pixels_are_clipped_to_the_data_once_at_the_end() -> None:
-    model = Pixels((1, 2, 2), (0.0, 1.0))
+    model = Pixels((1, 2, 2), PixelTransform(0.0, 1.0))
     model.fit_latents([torch.rand(4, 1, 2, 2)])
     decoded = model.decode(torch.full((1, 1, 2, 2), 50.0))
     assert decoded.max() == 1.0

@@ -16,7 +16,7 @@ from shared.registry import PARTS, build, names, resolve
 
 # What the caller of `build` knows and no config says.
 INTERFACE = {
-    "autoencoder": {"image_shape", "value_range"},
+    "autoencoder": {"image_shape", "transform"},
     "quantizer": {"channels"},
     "backbone": {"latent_shape", "cond_dim"},
 }
@@ -132,6 +132,7 @@ def test_the_diffusion_block_names_the_schedules_and_the_times_that_there_are():
 def test_the_loss_block_has_the_terms_of_the_loss():
     parameters = options_of(import_module("stage1_vqvae.losses").ReconstructionLoss)
     parameters.pop("law")
+    parameters.pop("transform")
     agree(schema.Loss, parameters)
 
 

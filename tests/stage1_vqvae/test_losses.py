@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from shared.data.normalise import PixelTransform
 from stage1_vqvae.losses import ReconstructionLoss, chi, stretched_l1
 from stage1_vqvae.noise import NoiseLaw
 
@@ -40,7 +41,8 @@ def test_stretched_l1_weighs_faint_pixels_as_bright_ones() -> None:
 
 def test_the_loss_is_the_weighted_sum_and_terms_of_no_weight_are_left_out() -> None:
     output, target = torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8)
-    total, terms = ReconstructionLoss(l1=2.0, stretched=0.0, mse=3.0, chi=0.0, law=law())(output, target)
+    weights, unit = {"l1": 2.0, "stretched": 0.0, "mse": 3.0, "chi": 0.0}, PixelTransform(0.0, 1.0)
+    total, terms = ReconstructionLoss(**weights, law=law(), transform=unit)(output, target)
     assert set(terms) == {"l1", "mse"}
     expected = 2 * (output - target).abs().mean() + 3 * (output - target).square().mean()
     assert torch.allclose(total, expected)

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.data.normalise import PixelTransform
 from stage1_vqvae.quantizers import VQ, CodeUsage, FiniteScalar, NoQuantizer
 from stage1_vqvae.vqvae import VQVAE
 
@@ -12,7 +13,9 @@ QUANTIZERS = ({"name": "vq", "codebook_size": 16}, {"name": "fsq", "levels": [5,
 def small(shape: tuple[int, int, int] = (1, 30, 30), **options: object) -> VQVAE:
     torch.manual_seed(0)
     options = {"quantizer": {"name": "none"}, **options}
-    model = VQVAE(shape, (0.0, 1.0), widths=(8, 8), encoder_blocks=1, decoder_blocks=1, latent_channels=4, **options)
+    model = VQVAE(
+        shape, PixelTransform(0.0, 1.0), widths=(8, 8), encoder_blocks=1, decoder_blocks=1, latent_channels=4, **options
+    )
     model.eval()
     return model
 

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.data.cache import CacheWriter, LensImages, StepSampler
+from shared.data.normalise import Normalisation
 from shared.errors import UserError
 
 SHAPE = (1, 4, 6)
@@ -32,8 +33,9 @@ def random_images(count: int, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> 
     return np.random.default_rng(seed).random((count, *shape), dtype=np.float32)
 
 
-def write(folder: Path, images: np.ndarray, chunk: int = 4, **source) -> CacheWriter:
-    writer = CacheWriter(folder, len(images), images.shape[1:], {"kind": "test", **source}, chunk)
+def write(folder: Path, images: np.ndarray, chunk: int = 4, normalise: str = "none", **source) -> CacheWriter:
+    choice = Normalisation.parse(normalise)
+    writer = CacheWriter(folder, len(images), images.shape[1:], {"kind": "test", **source}, chunk, choice)
     for indices in writer.pending():
         writer.write(indices, images[indices.start : indices.stop])
     writer.finish(labels=np.arange(len(images)) % 2, classes=["no", "vort"])
@@ -131,7 +133,8 @@ class Killed(BaseException):
     pass
 
 
-def test_dying_before_any_step_leaves_a_cache_that_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("normalise", ["none", "minmax"])  # which keeps each image's own low and high
+def test_dying_before_any_step_leaves_a_cache_that_goes_on(tmp_path, monkeypatch, normalise):
     images = random_images(5)
     real = {name: getattr(os, name) for name in ("fsync", "replace", "unlink", "mkdir")}
     steps = 0
@@ -152,25 +155,50 @@ def test_dying_before_any_step_leaves_a_cache_that_goes_on(tmp_path, monkeypatch
             for name in real:
                 patch.setattr(os, name, dying(name, last))
             try:
-                write(folder, images, chunk=2)
+                write(folder, images, 2, normalise)
             except Killed:
                 finished = False
             else:
                 finished = True
         try:
-            found = np.array(LensImages(folder).images)
+            found = LensImages(folder).originals(range(5))
         except UserError as error:
             assert not finished
             assert "unfinished" in str(error) or "no data set" in str(error) or "not a prepared" in str(error)  # noqa: PT017
         else:
-            np.testing.assert_array_equal(found, images)
-        write(folder, images, chunk=3)
-        np.testing.assert_array_equal(LensImages(folder).images, images)
+            np.testing.assert_allclose(found, images, atol=1.2e-7)
+        write(folder, images, 3, normalise)
+        np.testing.assert_allclose(LensImages(folder).originals(range(5)), images, atol=1.2e-7)
+        if normalise == "none":
+            np.testing.assert_array_equal(LensImages(folder).images, images)
         assert {p.name for p in folder.iterdir() if p.name[0] != "."} == {"images.npy", "index.json"}
         if finished:
             break
     assert finished
     assert last > 12
+
+
+def test_minmax_keeps_the_limits_of_chunks_that_come_in_any_order(tmp_path):
+    images, choice = random_images(8), Normalisation.parse("minmax")
+    for indices in (range(6, 8), range(2, 4), range(4, 6), range(0, 2)):
+        writer = CacheWriter(tmp_path / "a", 8, SHAPE, {"kind": "test"}, 2, choice)
+        writer.write(indices, images[indices.start : indices.stop])
+    os.truncate(tmp_path / "a" / "limits.partial", 7 * 16)  # a disk that lost the end of one file alone
+    writer = CacheWriter(tmp_path / "a", 8, SHAPE, {"kind": "test"}, 2, choice)
+    assert writer.pending() == [range(6, 8)]
+    write(tmp_path / "a", images, normalise="minmax")
+    cache = LensImages(tmp_path / "a")
+    assert cache.images.min() == 0
+    assert cache.images.max() == 1
+    np.testing.assert_allclose(cache.originals(range(8)), images, atol=1.2e-7)
+
+
+def test_minmax_will_not_overwrite_a_column_of_the_data(tmp_path):
+    writer = CacheWriter(tmp_path / "a", 2, SHAPE, {}, normalise=Normalisation.parse("minmax"))
+    writer.write(range(2), random_images(2))
+    with pytest.raises(UserError, match=r"a column 'low'.*rename it"):
+        writer.finish(parameters={"low": {"unit": "", "values": [1.0, 2.0]}})
+    assert not (tmp_path / "a").exists()
 
 
 CHILD = """
