@@ -2,7 +2,8 @@
 
 none             images as they are; their range is the one observed
 fixed:LOW,HIGH   images as they are; their range is stated, such as 0,65535 of a 16-bit detector
-minmax           each image rescaled to [0, 1] when it is prepared; its own `low` and `high` are kept beside it
+minmax           each image, all its channels together, rescaled to [0, 1] when it is prepared; its own `low` and `high`
+                 are kept beside it
 asinh:SCALE      images as they are; the network sees asinh((x - pivot) / SCALE), pivot the level of the sky: linear in
                  its noise, logarithmic in the light (Lupton, Gunn & Szalay 1999). SCALE is the noise of the sky in the
                  data's units; auto: measured

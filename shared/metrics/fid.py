@@ -34,10 +34,12 @@ class Network(Protocol):
 def to_uint8(images: Tensor, value_range: tuple[float, float]) -> Tensor:
     """Return images quantised to 0 ... 255: clamped to value_range = (low, high), then rounded.
 
-    Always with the range of the data set, never of the image, and for real and generated images alike. Linear, so for
-    data of high dynamic range give it stretched images: with 65535 to the brightest pixel, a sky of 5 counts' noise is
-    one grey level, and distances see the few bright pixels alone. Truncating on
+    Always with the range of the data set, never of the image, and for real and generated images alike. Truncating on
     one side, as `.byte()` does, makes a distance of 0.5 on EfficientNet-Lite0 between equal sets.
+
+    Linear: give images of a high dynamic range stretched (`PixelTransform.unit`), or distances see the brightest pixels
+    alone. Of 250 galaxies of 6,000 to 60,000 counts on a sky of 8 counts' noise, those without their arcs of 150 counts
+    had an excess of 0.5 on a linear scale and of 74 on asinh; those without noise, of 0.1 and of 122.
     """
     low, high = value_range
     if not low < high:

@@ -40,3 +40,14 @@ def test_pixels_are_clipped_to_the_data_once_at_the_end() -> None:
     model.fit_latents([torch.rand(4, 1, 2, 2)])
     decoded = model.decode(torch.full((1, 1, 2, 2), 50.0))
     assert decoded.max() == 1.0
+
+
+def test_an_asinh_is_undone_by_decode_and_clipped_in_the_datas_units() -> None:
+    model = Pixels((1, 40, 40), PixelTransform(-40.0, 60000.0, scale=5.0, pivot=100.0))
+    images = 100 + 5 * torch.randn(8, 1, 40, 40).clamp(-5, 5)
+    images[:, :, 10:20, 10:20] = 10 ** (4.7 * torch.rand(8, 1, 10, 10))
+    model.fit_latents(images.split(3))
+    latents = model.encode(images)
+    assert float(latents.mean()) == pytest.approx(0, abs=1e-5)
+    assert torch.allclose(model.decode(latents), images, rtol=1e-5, atol=1e-3)
+    assert float(model.decode(torch.full((1, 1, 40, 40), 50.0)).max()) == pytest.approx(60000, rel=1e-5)

@@ -44,6 +44,17 @@ def test_fit_is_blind_to_smooth_errors_of_the_decoder() -> None:
     assert curve["residual_variance"][-1] > 1.2 * curve["law"][-1]  # and the curve shows them
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e-5, 1e5, 1e9])
+def test_the_fit_does_not_mind_the_units(unit: float) -> None:
+    clean = rings(60)
+    noisy = photons(clean)
+    plain, scaled = NoiseLaw(), NoiseLaw()
+    plain.fit(noisy, clean)
+    scaled.fit(noisy * unit, clean * unit)
+    for name, power in (("a", 2), ("b", 1), ("background", 1), ("skew", 1)):
+        assert float(getattr(scaled, name)) == pytest.approx(float(getattr(plain, name)) * unit**power, rel=1e-3), name
+
+
 def test_gaussian_noise_of_constant_variance() -> None:
     clean = rings(100)
     law = NoiseLaw()

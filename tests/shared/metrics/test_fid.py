@@ -211,6 +211,13 @@ def test_a_score_can_be_kept_and_read():
     assert str(found).endswith("(20 against 30 images; statistics; none; range 0 to 1)")
 
 
+def test_a_score_says_how_brightness_became_grey():
+    x = gaussian(60, 4, 0)
+    found = score(x[:30], x[30:50], {"x": x[:20]}, Statistics(), (0.0, 9e4), stretch="asinh, scale 5 about 100")["x"]
+    assert found.to_dict()["stretch"] == "asinh, scale 5 about 100"
+    assert str(found).endswith("range 0 to 90000, asinh, scale 5 about 100)")
+
+
 def test_a_score_of_another_number_of_images_is_refused():
     x = gaussian(60, 4, 0)
     with pytest.raises(UserError, match="unet has 10 images and the floor 20"):
