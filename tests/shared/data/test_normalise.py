@@ -48,14 +48,15 @@ def test_data_to_network_to_data_is_the_identity_to_rounding(transform, dtype, s
     eps = torch.finfo(dtype).eps
     assert (scaled[inside].abs() <= 1 + 8 * eps * transform.span).all()
     error = (transform.inverse(scaled) - x).abs().double()
-    # The network's range holds x to eps; that is so much of x as the slope of the inverse makes of it.
-    slope = transform.span
+    # The network's value is held to eps of itself; that is so much of x as the slope of the inverse makes of it.
+    slope, beyond = transform.span, 0.0
     if transform.scale is not None:
         nearest = x.double().clamp(transform.low, transform.high)
+        beyond = (x - nearest).abs() / transform.scale
         slope = transform.span * ((nearest - transform.pivot).square() + transform.scale**2).sqrt()
-    # numbers of the size of pivot, low and high are taken from one another
+    # Numbers of the size of pivot, low and high are taken from one another; beyond the range that tilts the straight line.
     size = abs(transform.pivot) + abs(transform.low) + abs(transform.high)
-    assert (error <= 8 * eps * (slope + size)).all()
+    assert (error <= 8 * eps * (slope * (1 + scaled.abs().double()) + size * (1 + beyond))).all()
     assert torch.allclose(transform.unit(x), (scaled + 1) / 2, atol=8 * eps, rtol=8 * eps)
 
 
