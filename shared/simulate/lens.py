@@ -144,7 +144,7 @@ class MassLine(ThinLens):
         self.y0 = Param("y0", y0, shape=(), units="arcsec")
         self.Rein = Param("Rein", Rein, shape=(), units="arcsec", valid=(0, None))
         self.half_length = Param("half_length", half_length, shape=(), units="arcsec", valid=(0, None))
-        self.phi = Param("phi", phi, shape=(), units="radians", cyclic=True)
+        self.phi = Param("phi", phi, shape=(), units="radians", valid=(0, pi), cyclic=True)
 
     @forward
     def reduced_deflection_angle(self, x, y, x0, y0, Rein, half_length, phi):

@@ -330,12 +330,11 @@ class Preset(Priors):
         if not overrides:
             return preset
         tree: dict[str, Any] = {"name": path.stem}
-        changes = [
-            (rival, None) for key in overrides for rival in RIVALS.get(key, "").split() if rival not in overrides
-        ]
-        for key, value in [*changes, *overrides.items()]:
-            own = [name for name, block in preset.classes.items() if key in block.model_fields_set]
-            tree = merge(tree, {"classes": {name: {key: value} for name in own}} if own else {key: value})
+        for key, value in overrides.items():
+            change = dict.fromkeys(name for name in RIVALS.get(key, "").split() if name not in overrides) | {key: value}
+            own = [name for name, block in preset.classes.items() if block.model_fields_set & set(change)]
+            tree = merge(tree, {"classes": dict.fromkeys(own, change)} if own else {})
+            tree = merge(tree, change if not own or preset.model_fields_set & set(change) else {})
         return load_config(cls, [path], tree, label="--prior/--set")
 
 
