@@ -303,11 +303,13 @@ class Preset(Priors):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        problems = [problem for priors in self.priors for problem in _problems(self, priors)]
         missing = [name for name in NOISE[self.noise] if getattr(self, name) is None and name != "exposure"]
-        problems += [f"noise {self.noise!r} needs {', '.join(missing)}"] if missing else []
-        broken = list(dict.fromkeys(c for priors in self.priors for c in _broken(priors)))
-        problems += [f"every draw must have {' and '.join(broken)}"] if broken else []
+        problems = [f"noise {self.noise!r} needs {', '.join(missing)}"] if missing else []
+        found = [_problems(self, priors) for priors in self.priors]
+        for k, own in enumerate(found):
+            for problem in own:  # one that all classes share is one of the preset
+                shared = all(problem in others for others in found)
+                problems.append(problem if shared else f"class {list(self.classes)[k]}: {problem}")
         if problems:
             raise ValueError("; ".join(dict.fromkeys(problems)))
         return self
@@ -349,7 +351,7 @@ def _given(block: Priors) -> dict[str, Prior]:
 
 
 def _problems(preset: Preset, priors: dict[str, Prior]) -> list[str]:
-    """What the priors of a class lack, or have twice."""
+    """What the priors of a class lack, or have twice, and the conditions that some draw would break."""
     problems, has = [], {}
     for what, text in COMPONENTS.items():
         ways = [way.split() for way in text.split("|")]
@@ -357,15 +359,15 @@ def _problems(preset: Preset, priors: dict[str, Prior]) -> list[str]:
         has[what] = bool(begun)
         if len(begun) > 1:
             both = " and ".join(" ".join(way) for way in begun)
-            problems.append(f"{what.rstrip('?')} is given twice, by {both}: leave one out (`{begun[0][0]}: null`)")
+            problems.append(f"{what.rstrip('?')}: given twice, by {both}; leave one out (`{begun[0][0]}: null`)")
         elif not begun and not what.endswith("?"):
-            problems.append(f"{what} needs {' or '.join(', '.join(way) for way in ways)}")
+            problems.append(f"{what}: {' or '.join(', '.join(way) for way in ways)} missing")
         elif begun and (missing := [name for name in begun[0] if name not in priors]):
-            problems.append(f"{what.rstrip('?')} needs {', '.join(missing)}, too")
+            problems.append(f"{what.rstrip('?')}: {', '.join(missing)} missing")
     for whole in WHOLES:
         if any(has[what] for what in whole):
             lacking = [COMPONENTS[what].replace(" | ", " or ") for what in whole if not has[what]]
-            problems += [f"{whole[0].rstrip('?')} needs {', '.join(lacking)}, too"] if lacking else []
+            problems += [f"{whole[0].rstrip('?')}: {', '.join(lacking)} missing"] if lacking else []
     masses = [name for name in ("mass", "m_p", "mass_v", "fraction_v", "z_l") if name in priors]
     if masses:
         missing = [key for key in ("z_l", "z_s") if key not in priors]
@@ -377,11 +379,6 @@ def _problems(preset: Preset, priors: dict[str, Prior]) -> list[str]:
         problems.append("exposure: is missing")
     if "N_p" in priors and not priors["N_p"].whole:
         problems.append("N_p must be a whole number or poisson(mean)")
-    return problems
-
-
-def _broken(priors: dict[str, Prior]) -> list[str]:
-    """The conditions that some draw would break."""
     conditions = {}
     if "z_l" in priors and "z_s" in priors:
         conditions["0 < z_l < z_s"] = priors["z_l"].low > 0 and priors["z_l"].high < priors["z_s"].low
@@ -391,7 +388,8 @@ def _broken(priors: dict[str, Prior]) -> list[str]:
         conditions["0 < fraction_v < 1"] = priors["fraction_v"].low > 0 and priors["fraction_v"].high < 1
     if "N_p" in priors:
         conditions["N_p >= 0"] = priors["N_p"].low >= 0
-    return [condition for condition, holds in conditions.items() if not holds]
+    broken = [condition for condition, holds in conditions.items() if not holds]
+    return problems + ([f"every draw must have {' and '.join(broken)}"] if broken else [])
 
 
 def einstein_radius(preset: Preset, mass: np.ndarray, z_l: np.ndarray, z_s: np.ndarray) -> np.ndarray:
@@ -483,7 +481,7 @@ def _draw(preset: Preset, priors: dict[str, Prior], seed: int, indices: list[int
             p["mass_v"] = p["fraction_v"] * p["mass"]
         p["theta_v"] = einstein_radius(preset, p["mass_v"], p["z_l"], p["z_s"])
         substructure += p["mass_v"]
-    if preset.mass_includes_substructure and substructure.any():
+    if preset.mass_includes_substructure and ("N_p" in p or "x_v" in p):
         left = p["mass"] - substructure
         if (left <= 0).any():
             i = indices[int(np.argmin(left))]
@@ -506,7 +504,8 @@ def _point_masses(
     there = np.arange(u.shape[1]) < counts[:, None]
     m, r, azimuth = m * there, r * there, np.deg2rad(azimuth)
     theta = einstein_radius(preset, m, p["z_l"][:, None], p["z_s"][:, None])
-    return {"mass_p": m.sum(1), "x_p": r * np.cos(azimuth), "y_p": r * np.sin(azimuth), "theta_p": theta}
+    total = np.array([math.fsum(masses) for masses in m])  # exactly rounded, whatever the padding
+    return {"mass_p": total, "x_p": r * np.cos(azimuth), "y_p": r * np.sin(azimuth), "theta_p": theta}
 
 
 def _sersic_flux(R: np.ndarray, n: np.ndarray) -> np.ndarray:

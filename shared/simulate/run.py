@@ -5,6 +5,7 @@ Image i of a seed depends on (seed, i) alone, whatever the batch, the chunks, th
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -233,6 +234,6 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
         raise UserError(f"--device {name} cannot be used here ({reason}): leave it out to use the CPU") from None
     return device

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d
 
 from shared.errors import UserError
-from shared.simulate.images import observe, observe_light, render, simulate
+from shared.simulate.images import _blur, observe, observe_light, render, simulate
 from shared.simulate.preset import UNITS, Preset, draw_parameters, generator, presets
 from tests.shared.simulate.oracle import caustics_simulator, lenses, lenstronomy_image
 
@@ -157,6 +157,13 @@ def test_a_batch_renders_what_single_lenses_do(name: str) -> None:
     assert (alone - together).abs().amax((1, 2, 3)).max() < 3e-5 * alone.max()
     exact, close = render(preset, parameters, torch.float64), render(preset, parameters, torch.float64, batch=5)
     assert (exact - close).abs().max() < 1e-12 * exact.max()
+
+
+def test_the_blur_of_an_accelerator_is_the_convolution_of_a_cpu() -> None:
+    pixels = torch.rand(34, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kernel = torch.tensor([0.1, 0.6, 0.2, 0.05, 0.05], dtype=torch.float64)
+    expected = conv2d(pixels[None, None], kernel.view(1, 1, -1, 1))[0, 0]
+    torch.testing.assert_close(_blur(pixels, kernel), expected, rtol=1e-12, atol=0)
 
 
 def test_padding_changes_no_bit() -> None:

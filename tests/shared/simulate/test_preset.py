@@ -159,12 +159,16 @@ def test_an_override_takes_the_place_of_what_it_replaces() -> None:
         ("uniform(0.4, 1)", "normal(0.7, 0.1)", "0 < q_s <= 1"),
         ("distances: luminosity", "distances: comoving", "'comoving' is not known"),
         ("H0: 70", "", "needs H0, too"),
-        ("z_s: uniform(0.8, 1.2)", "", "the redshifts needs z_s, too"),
+        ("z_s: uniform(0.8, 1.2)", "", "the redshifts: z_s missing"),
         ("I_s: 1 ", "magnitude_s: 20 ", "a magnitude needs zero_point"),
-        ("I_s: 1 ", "", "the flux of the source needs I_s or magnitude_s"),
-        ("r_s: uniform(0, 0.5)", "r_s: 0.1\nx_s: 0.1", "given twice, by r_s azimuth_s and x_s y_s: leave one out"),
-        ("sky: 0.1", "sky: 0.1\nN_p: 3", "the point masses needs m_p, r_p, azimuth_p, too"),
-        ("sky: 0.1", "sky: 0.1\nx_v: 0\ny_v: 0\nangle_v: 0", "the line of mass needs half_length_v or axion_mass"),
+        ("I_s: 1 ", "", "the flux of the source: I_s or magnitude_s missing"),
+        ("r_s: uniform(0, 0.5)", "r_s: 0.1\nx_s: 0.1", "given twice, by r_s azimuth_s and x_s y_s; leave one out"),
+        ("sky: 0.1", "sky: 0.1\nN_p: 3", "the point masses: m_p, r_p, azimuth_p missing"),
+        (
+            "sky: 0.1",
+            "sky: 0.1\nx_v: 0\ny_v: 0\nangle_v: 0",
+            "the line of mass: half_length_v or axion_mass, mass_v or fraction_v missing",
+        ),
         ("sky: 0.1", "sky: 0.1\nclasses: {a: {N_q: 3}}", "classes.a.N_q: unknown key; did you mean 'N_p'"),
         ("sky: 0.1", "sky: 0.1\nclasses: {a: {q_l: oval}}", "classes.a.q_l: 'oval' is neither a number"),
         (
@@ -172,6 +176,7 @@ def test_an_override_takes_the_place_of_what_it_replaces() -> None:
             "sky: 0.1\nN_p: uniform(1, 9)\nm_p: 1e9\nr_p: 1\nazimuth_p: 0",
             "N_p must be a whole number or poisson",
         ),
+        ("sky: 0.1", "sky: 0.1\nclasses: {a: {}, b: {q_l: 0.5}}", "class b: its ellipticity: PA_l missing"),
         ("exposure: 100", "", "exposure: is missing"),
         ("sky: 0.1", "noise: ccd", "noise 'ccd' needs exposures, zero_point, sky_brightness, read_noise, gain"),
     ],
@@ -286,6 +291,14 @@ def test_halo_and_substructure_weigh_what_the_prior_says() -> None:
     model = draw_parameters(Preset.load("model-1"), 0, range(6))
     assert np.ptp(model["theta_E"]) == 0
     assert model["theta_E"][0] == pytest.approx(1.2815, abs=1e-4)
+
+
+def test_a_lens_weighs_the_same_whatever_is_drawn_beside_it() -> None:
+    preset = TEST1.select(["sphere"])
+    together = draw_parameters(preset, 0, range(40))
+    for i in range(40):
+        alone = draw_parameters(preset, 0, [i])
+        assert all(together[name][i] == alone[name][0] for name in alone if name in UNITS)
 
 
 def test_substructure_heavier_than_its_lens_is_refused() -> None:
