@@ -9,7 +9,8 @@ from shared.errors import UserError
 
 COMMANDS = {
     "quickstart": ("shared.quickstart:main", "nothing -> simulated data, both stages, samples, scores, report.html"),
-    "prepare": ("shared.data.readers:main", "a folder or zip of images -> data/NAME"),
+    "prepare": ("shared.data.prepare:main", "images as they come: a folder, a zip or a file -> data/NAME"),
+    "inspect": ("shared.data.inspect:main", "a data set -> table, histogram.png, contact_sheet.png"),
     "simulate": ("shared.simulate.command:main", "simulated lenses -> data/NAME"),
     "train-vqvae": ("stage1_vqvae.train:main", "stage 1; also: python stage1_vqvae/train.py"),
     "train-diffusion": ("stage2_diffusion.train:main", "stage 2; also: python stage2_diffusion/train.py"),

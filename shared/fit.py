@@ -15,6 +15,7 @@ import torch
 from scipy import stats
 
 from shared.data.cache import INDEX, LensImages
+from shared.data.sources import BrokenImage, Source
 from shared.errors import UserError
 from shared.files import write_atomically
 from shared.metrics.lens_fit import Coordinates, LensFits, LensFitter
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="data/NAME, samples.npz, a folder of .npy, ...")
     parser.add_argument("--preset", default="deeplense", help="name in configs/simulate or .yaml file: what may be")
+    parser.add_argument("--class", dest="kind", metavar="NAME", help="of the preset (default: its first)")
+    parser.add_argument("--key", metavar="NAME", help="which array of a file with several, as of `lens-ldm prepare`")
     parser.add_argument("--count", type=int, default=300, help="the first of the images (default: %(default)s)")
     parser.add_argument("--split", choices=("train", "validation", "test"), help="of a data set (default: all of it)")
     parser.add_argument(
@@ -47,8 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     if a.count < 1:
         raise UserError("--count needs at least 1")
     preset = Preset.load(a.preset)
-    images, truth = load_images(a.source, a.split, a.count)
-    fitter = LensFitter(preset, free=[name for name in a.free.split(",") if name], noise=a.noise, margin=a.margin)
+    images, truth = load_images(a.source, a.split, a.count, a.key)
+    free = [name for name in a.free.split(",") if name]
+    fitter = LensFitter(preset, kind=a.kind, free=free, noise=a.noise, margin=a.margin)
     fits = fitter.fit(images, progress=True)
     out = a.out or Path(f"fits-{a.source.resolve().stem}")
     try:
@@ -57,11 +61,13 @@ def main(argv: list[str] | None = None) -> None:
         draw(out.with_suffix(".png"), images, fits)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
-    print(summary(fits, preset, truth))
+    print(summary(fits, fitter.preset, truth))
     print(f"{out.with_suffix('.csv')}, {out.with_suffix('.png')}: every fit, and the {SHOWN} worst")
 
 
-def load_images(source: Path, split: str | None, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def load_images(
+    source: Path, split: str | None, count: int, key: str | None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The first `count` images of SOURCE, (N, C, H, W), and what is known of their parameters, {name: (N,)}."""
     if (source / INDEX).exists():
         data = LensImages(source)
@@ -73,7 +79,13 @@ def load_images(source: Path, split: str | None, count: int) -> tuple[np.ndarray
         return np.array(data.images[chosen]), truth
     if split is not None:
         raise UserError(f"--split is for data sets of `lens-ldm prepare` and `simulate`, which {source} is not")
-    raise NotImplementedError
+    with Source(source, key=key) as images:
+        for broken in images.broken[:1]:
+            raise UserError(f"{broken.name} {broken.reason}")
+        try:
+            return np.stack([images.read(i) for i in range(min(count, len(images)))]), {}
+        except BrokenImage as error:
+            raise UserError(f"{source}: an image {error}") from error
 
 
 def table(fits: LensFits) -> str:

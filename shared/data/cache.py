@@ -5,8 +5,8 @@ data/<name>/index.json   source, normalisation, range, transform, statistics, cl
                          split
 
 `CacheWriter` writes such a folder chunk by chunk and goes on where it was interrupted; `LensImages` reads it;
-`StepSampler` says which images the batch of a step holds. `lens-ldm prepare` (shared/readers.py) and
-`lens-ldm simulate` (shared/simulate.py) are the two ways to make one.
+`StepSampler` says which images the batch of a step holds. `lens-ldm prepare` (shared/data/prepare.py) and
+`lens-ldm simulate` (shared/simulate/run.py) are the two ways to make one.
 """
 
 import contextlib
@@ -146,8 +146,7 @@ class CacheWriter:
             if length != self.count:
                 raise ValueError(f"{key}: {length} values for {self.count} images")
         with self._disk_errors():
-            images = np.lib.format.open_memmap(self.folder / PARTIAL, mode="r")
-            statistics, found = _survey(images, with_sky=self._normalise.name == "asinh")
+            statistics, found = _survey(self.folder / PARTIAL, with_sky=self._normalise.name == "asinh")
             if hashes is not None and (wrong := [i for i in range(self.count) if found[i] != hashes[i]]):
                 self.discard()
                 raise UserError(
@@ -398,18 +397,25 @@ def _write_at(path: Path, parts: dict[int, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _survey(images: np.ndarray, with_sky: bool = False) -> tuple[dict[str, Any], list[str]]:
+def _survey(path: Path, with_sky: bool = False) -> tuple[dict[str, Any], list[str]]:
     """Statistics over all pixels and a content hash of each image, a few megabytes at a time.
 
     with_sky   also `background` and `noise` of the sky: each the median over the images
     """
-    skies = []
-    size, hashes = math.prod(images.shape[1:]), []
-    rows, per_image = max(1, (1 << 18) // size), min(size, -(-MEDIAN_PIXELS // len(images)))
-    sample, rng = np.empty((len(images), per_image), np.float32), np.random.default_rng(0)
+    with open(path, "rb") as file:  # read, not mapped: the pages of a map would count as ours, up to the whole file
+        (count, *shape), _, _, _ = read_npy_header(file)
+        return _survey_images(file, count, shape, with_sky)
+
+
+def _survey_images(
+    file: IO[bytes], count: int, shape: Sequence[int], with_sky: bool
+) -> tuple[dict[str, Any], list[str]]:
+    skies, size, hashes = [], math.prod(shape), list[str]()
+    rows, per_image = max(1, (1 << 18) // size), min(size, -(-MEDIAN_PIXELS // count))
+    sample, rng = np.empty((count, per_image), np.float32), np.random.default_rng(0)
     pixels, mean, squares, low, high, constant = 0, 0.0, 0.0, math.inf, -math.inf, 0
-    for start in range(0, len(images), rows):
-        part = np.asarray(images[start : start + rows]).reshape(-1, size)
+    for start in range(0, count, rows):
+        part = np.fromfile(file, "<f4", min(rows, count - start) * size).reshape(-1, size)
         hashes += [hashlib.sha256(image.data).hexdigest()[:16] for image in part]
         chosen = np.arange(size) if per_image == size else rng.integers(size, size=per_image)
         sample[start : start + rows] = part[:, chosen]
@@ -421,7 +427,7 @@ def _survey(images: np.ndarray, with_sky: bool = False) -> tuple[dict[str, Any],
         squares += (part_mean - mean) ** 2 * pixels * part.size / total
         mean, pixels = mean + (part_mean - mean) * part.size / total, total
         if with_sky:
-            skies.append(np.stack(sky(images[start : start + rows])))
+            skies.append(np.stack(sky(part.reshape(-1, *shape))))
     background, noise = np.median(np.concatenate(skies, 1), axis=1).tolist() if with_sky else (None, None)
     return {
         "mean": mean,

@@ -14,7 +14,7 @@ from shared.autoencoder import Autoencoder, Pixels
 from shared.checkpoint import autoencoder_config, build_autoencoder, require_units
 from shared.data.cache import LensImages
 from shared.data.normalise import Normalisation, PixelTransform, hint, rescale, restore, sky
-from shared.data.readers import prepare
+from shared.data.prepare import prepare
 from shared.errors import UserError
 
 HDR = PixelTransform(-40.0, 60000.0, scale=5.0, pivot=100.0)
@@ -293,7 +293,9 @@ def test_any_file_through_cache_and_network_and_back(tmp_path_factory, how, dtyp
     tmp_path = tmp_path_factory.mktemp("prepare")
     wide = np.random.default_rng(1).gamma(0.6, 25, (30, 8, 9)) + np.random.default_rng(0).normal(30, 3, (30, 8, 9))
     images = wide.clip(0, 250).astype(dtype)
-    cache = prepare(save(tmp_path / "a.npy", images), tmp_path / "a", "fixed:0,250" if how == "fixed" else how)
+    cache = prepare(
+        save(tmp_path / "a.npy", images), tmp_path / "a", normalise="fixed:0,250" if how == "fixed" else how
+    )
     originals = images.astype(np.float32)[:, None]
     batch = cache.batch(range(30))
     assert cache.index["normalisation"] == ("fixed:0,250" if how == "fixed" else how)
@@ -314,7 +316,7 @@ def test_any_file_through_cache_and_network_and_back(tmp_path_factory, how, dtyp
 
 def test_minmax_keeps_each_images_low_and_high(tmp_path):
     images = np.random.default_rng(0).normal(0, 50, (7, 4, 6)).astype(np.float32)
-    cache = prepare(save(tmp_path / "a.npy", images), tmp_path / "a", "minmax")
+    cache = prepare(save(tmp_path / "a.npy", images), tmp_path / "a", normalise="minmax")
     assert cache.value_range == (0, 1)
     for name, values in (("low", images.min((1, 2))), ("high", images.max((1, 2)))):
         assert cache.index["parameters"][name]["values"] == values.tolist()
@@ -326,14 +328,14 @@ def test_images_that_a_choice_cannot_take_are_named(tmp_path):
     images[2] = 7
     images[4, 0, 0] = -1
     source = save(tmp_path / "a.npy", images)
-    with pytest.raises(UserError, match=r"1 of 5 images .*\n  a\.npy\[2\]: is constant \(7 in every pixel\)"):
-        prepare(source, tmp_path / "out", "minmax")
+    with pytest.raises(UserError, match=r"1 of 5 images .*\n  a\.npy\[2\]: is constant, 7 in every pixel"):
+        prepare(source, tmp_path / "out", normalise="minmax")
     with pytest.raises(
         UserError, match=r"1 of 5 images .*\n  a\.npy\[4\]: has values in \[-1, 80\], beyond fixed:0,90"
     ):
-        prepare(source, tmp_path / "out", "fixed:0,90")
+        prepare(source, tmp_path / "out", normalise="fixed:0,90")
     with pytest.raises(UserError, match="no such choice"):
-        prepare(source, tmp_path / "out", "max")
+        prepare(source, tmp_path / "out", normalise="max")
     assert not (tmp_path / "out").exists()
 
 
@@ -344,23 +346,24 @@ def test_asinh_of_noiseless_images_asks_for_its_scale(tmp_path):
     with pytest.raises(
         UserError, match=r"not written: asinh: the noise of the sky, 0, .*--normalise asinh:SCALE"
     ) as caught:
-        prepare(source, tmp_path / "out", "asinh:auto")
+        prepare(source, tmp_path / "out", normalise="asinh:auto")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
-    assert prepare(source, tmp_path / "out", "asinh:2").transform == PixelTransform(0, 500, 2.0, 0.0)
+    assert prepare(source, tmp_path / "out", normalise="asinh:2").transform == PixelTransform(0, 500, 2.0, 0.0)
 
 
 def test_another_choice_is_another_data_set(tmp_path):
     source = save(tmp_path / "a.npy", field(9, 300, 7)[:, 0])
     first = prepare(source, tmp_path / "none")
     with pytest.raises(UserError, match=r"normalisation is 'none' there, 'asinh:auto' here.*choose another --out"):
-        prepare(source, tmp_path / "none", "asinh:auto")
+        prepare(source, tmp_path / "none", normalise="asinh:auto")
     others = [
-        prepare(source, tmp_path / str(k), how) for k, how in enumerate(("asinh:auto", "asinh:9", "fixed:0,65535"))
+        prepare(source, tmp_path / str(k), normalise=how)
+        for k, how in enumerate(("asinh:auto", "asinh:9", "fixed:0,65535"))
     ]
     assert len({cache.fingerprint for cache in (first, *others)}) == 4  # no run goes on with another
     assert all(cache.index["hashes"] == first.index["hashes"] for cache in others)
-    assert prepare(source, tmp_path / "0", "asinh:auto").transform == others[0].transform
+    assert prepare(source, tmp_path / "0", normalise="asinh:auto").transform == others[0].transform
 
 
 def test_a_cache_of_old_says_nothing_and_is_linear(tmp_path):
@@ -382,7 +385,7 @@ def test_data_that_are_black_on_a_linear_scale_get_a_hint(tmp_path, capsys):
     source = save(tmp_path / "a.npy", field(20, 300, 7)[:, 0])
     prepare(source, tmp_path / "linear")
     assert "grey levels of range" in capsys.readouterr().err
-    prepare(source, tmp_path / "asinh", "asinh:auto")
+    prepare(source, tmp_path / "asinh", normalise="asinh:auto")
     printed = capsys.readouterr()
     assert "hint" not in printed.err
     assert re.search(r"range .* \(asinh, scale (6\.|7)[\d.]* about 300", printed.out)
