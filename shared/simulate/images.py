@@ -15,9 +15,12 @@ from torch.nn.functional import avg_pool2d, conv2d
 
 from shared.errors import UserError
 from shared.simulate.lens import Parameters, surface_brightness
-from shared.simulate.preset import NOISE_STREAM, Preset, draw_parameters, generator
+from shared.simulate.preset import NOISE_STREAM, POINTS, UNITS, Preset, draw_parameters, generator
 
 ACCELERATOR_BATCH = 256  # lenses rendered at once where memory is wide
+# What shared/simulate/lens.py reads of a lens: each costs its time to move.
+HISTORY = {"mass", "z_l", "z_s", "magnitude_s", "magnitude_light", "N_p", "mass_p", "mass_v", "axion_mass", "exposure"}
+LIGHT = {*UNITS, *POINTS} - HISTORY
 
 
 def observe_light(preset: Preset, p: Parameters) -> Tensor:
@@ -51,7 +54,9 @@ def pixelise(preset: Preset, light: Tensor) -> Tensor:
     steps = torch.arange(-margin, margin + 1, dtype=light.dtype, device=light.device)
     kernel = torch.exp(-0.5 * (steps / (preset.psf_sigma / preset.pixel_scale)) ** 2)
     kernel = kernel / kernel.sum()
-    pixels = avg_pool2d(light[None, None], preset.supersampling)
+    pixels = light[None, None]
+    if preset.supersampling > 1:
+        pixels = avg_pool2d(pixels, preset.supersampling)
     if light.device.type == "cpu":
         return conv2d(conv2d(pixels, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))[0, 0]
     return _blur(_blur(pixels[0, 0], kernel).T, kernel).T
@@ -86,8 +91,10 @@ def render(
     device = torch.device(device)
     batch = batch or (1 if device.type == "cpu" else ACCELERATOR_BATCH)
     count = len(parameters["theta_E"])
-    columns = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in parameters.items()}
-    lacking = np.stack([np.isnan(values).reshape(count, -1).any(1) for values in parameters.values()], axis=1)
+    used = {name: np.ascontiguousarray(values) for name, values in parameters.items() if name in LIGHT}
+    columns = {name: torch.from_numpy(values).to(dtype).to(device) for name, values in used.items()}
+    lacking = np.stack([np.isnan(values).reshape(count, -1).any(1) for values in used.values()], axis=1)
+    masses = (used["theta_p"] > 0).sum(1) if "theta_p" in used else np.zeros(count, dtype=int)
     images = torch.empty(count, 1, preset.pixels, preset.pixels, dtype=dtype)
     # On one thread, so that no rounding can depend on where threads cut an image.
     threads = torch.get_num_threads()
@@ -97,17 +104,15 @@ def render(
             names = [name for name, missing in zip(columns, lacks, strict=True) if not missing]
             members = np.flatnonzero((lacking == lacks).all(1))
             for start in range(0, len(members), batch):
-                chosen = torch.from_numpy(members[start : start + batch])
-                p = {name: columns[name][chosen] for name in names}
-                if "theta_p" in p:  # as few as will do for these lenses: the rest is padding
-                    last = int((p["theta_p"] > 0).sum(1).max())
-                    p |= {name: p[name][:, :last] for name in ("x_p", "y_p", "theta_p")}
-                p = {name: values.to(dtype).to(device) for name, values in p.items()}
+                chosen = members[start : start + batch]
+                index = int(chosen[0]) if len(chosen) == 1 else torch.from_numpy(chosen).to(device)
+                p = {name: columns[name][index] for name in names}
+                # As few point masses as will do for these lenses: the rest is padding.
+                p |= {name: p[name][..., : masses[chosen].max()] for name in POINTS if name in p}
                 if len(chosen) == 1:
-                    light = observe_light(preset, {name: values[0] for name, values in p.items()})[None]
+                    images[index, 0] = observe_light(preset, p)
                 else:
-                    light = torch.func.vmap(partial(observe_light, preset))(p)
-                images[chosen, 0] = light.cpu()
+                    images[chosen, 0] = torch.func.vmap(partial(observe_light, preset))(p).cpu()
     finally:
         torch.set_num_threads(threads)
     return images
