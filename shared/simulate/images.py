@@ -18,6 +18,9 @@ from shared.simulate.lens import Parameters, surface_brightness
 from shared.simulate.preset import NOISE_STREAM, POINTS, UNITS, Preset, draw_parameters, generator
 
 ACCELERATOR_BATCH = 256  # lenses rendered at once where memory is wide
+# On a CPU one at a time, where an image fits the cache of a core and a batch does not, unless an image is so small that
+# starting an operation takes longer than the operation.
+SMALL_IMAGE, SMALL_BATCH = 128 * 128, 32  # points of an image, lenses at once
 # What shared/simulate/lens.py reads of a lens: each costs its time to move.
 HISTORY = {"mass", "z_l", "z_s", "magnitude_s", "magnitude_light", "N_p", "mass_p", "mass_v", "axion_mass", "exposure"}
 LIGHT = {*UNITS, *POINTS} - HISTORY
@@ -83,13 +86,15 @@ def render(
     """Render clean images (N, 1, H, W) [counts/s/pixel]; they come back to main memory.
 
     parameters  {name: (N,) or (N, K)} as `draw_parameters` returns them; NaN: this lens has no such component
-    batch       lenses at once; None: 1 on a CPU, where an image fits the cache of a core and a batch does not, else 256
+    batch       lenses at once; None: what is fast on the device
 
-    On a CPU, unless `batch` says otherwise, an image comes out with the same bits whatever is rendered beside it, and on
-    however many threads; elsewhere to rounding.
+    On a CPU an image comes out with the same bits whatever is rendered beside it, and on however many threads, unless
+    `batch` changes; elsewhere to rounding.
     """
     device = torch.device(device)
-    batch = batch or (1 if device.type == "cpu" else ACCELERATOR_BATCH)
+    on_cpu = device.type == "cpu"
+    small = ((preset.pixels + 2 * _margin(preset)) * preset.supersampling) ** 2 <= SMALL_IMAGE
+    batch = batch or ((SMALL_BATCH if small else 1) if on_cpu else ACCELERATOR_BATCH)
     count = len(parameters["theta_E"])
     used = {name: np.ascontiguousarray(values) for name, values in parameters.items() if name in LIGHT}
     columns = {name: torch.from_numpy(values).to(dtype).to(device) for name, values in used.items()}
@@ -105,14 +110,16 @@ def render(
             members = np.flatnonzero((lacking == lacks).all(1))
             for start in range(0, len(members), batch):
                 chosen = members[start : start + batch]
-                index = int(chosen[0]) if len(chosen) == 1 else torch.from_numpy(chosen).to(device)
+                # On a CPU a last batch is filled up with copies: a rounding may depend on the size of a batch.
+                lot = np.resize(chosen, batch) if on_cpu else chosen
+                index = int(lot[0]) if len(lot) == 1 else torch.from_numpy(lot).to(device)
                 p = {name: columns[name][index] for name in names}
                 # As few point masses as will do for these lenses: the rest is padding.
                 p |= {name: p[name][..., : masses[chosen].max()] for name in POINTS if name in p}
-                if len(chosen) == 1:
+                if len(lot) == 1:
                     images[index, 0] = observe_light(preset, p)
                 else:
-                    images[chosen, 0] = torch.func.vmap(partial(observe_light, preset))(p).cpu()
+                    images[chosen, 0] = torch.func.vmap(partial(observe_light, preset))(p)[: len(chosen)].cpu()
     finally:
         torch.set_num_threads(threads)
     return images
