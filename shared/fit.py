@@ -19,6 +19,7 @@ from shared.data.sources import BrokenImage, Source
 from shared.errors import UserError
 from shared.files import write_atomically
 from shared.metrics.lens_fit import Coordinates, LensFits, LensFitter
+from shared.metrics.two_sample import holm
 from shared.report import save_grid
 from shared.simulate.preset import Preset, draw_parameters
 
@@ -138,7 +139,7 @@ def summary(fits: LensFits, preset: Preset, truth: dict[str, np.ndarray]) -> str
         prior = drawn.get(name, np.zeros(1))
         if np.ptp(prior) > 0:
             tests[name] = stats.ks_2samp(_same_turn(name, values, prior), prior).pvalue
-    adjusted = _holm(tests)
+    adjusted = holm(tests)
     for name, values in fits.parameters.items():
         values = _same_turn(name, values, drawn.get(name, np.zeros(1)))
         low, middle, high = np.quantile(values, [0.16, 0.5, 0.84])
@@ -168,15 +169,6 @@ def _same_turn(name: str, values: np.ndarray, prior: np.ndarray) -> np.ndarray:
         return values
     middle = (prior.min() + prior.max()) / 2
     return (values - middle + 90) % 180 - 90 + middle
-
-
-def _holm(p: dict[str, float]) -> dict[str, float]:
-    """Holm's step-down correction: the chance of a smaller one anywhere among these tests, if all hypotheses hold."""
-    adjusted, largest = {}, 0.0
-    for k, name in enumerate(sorted(p, key=p.__getitem__)):
-        largest = max(largest, min(1.0, (len(p) - k) * p[name]))
-        adjusted[name] = largest
-    return adjusted
 
 
 def _law(text: str) -> tuple[float, float]:

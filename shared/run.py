@@ -1,5 +1,6 @@
 """The folder of a run, checkpoints/<name>/: config.yaml, metrics.csv, samples/*.png, last.ckpt and model/."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import yaml
 
 from shared.checkpoint import read_config
-from shared.config import to_dict, to_yaml
+from shared.config import load_config, to_dict, to_yaml
 from shared.errors import UserError
 from shared.files import write_atomically
 
@@ -56,18 +57,21 @@ class Run:
         return True
 
     def compare(self, found: dict[str, str], fingerprint: dict[str, str]) -> None:
-        for what, now in fingerprint.items():
-            if found.get(what) != now:
+        for what in {**fingerprint, **found}:  # what was there and is gone is another one, too
+            if found.get(what) != fingerprint.get(what):
                 raise UserError(
                     f"{self.folder} was trained with another {what}: choose another name (--name) or delete {self.folder}"
                 )
 
     def _same_run(self, saved: Path) -> None:
         try:
-            old = dict(flatten(yaml.safe_load(saved.read_text())))
+            tree = yaml.safe_load(saved.read_text())
         except (yaml.YAMLError, UnicodeDecodeError, FileNotFoundError) as error:
             raise UserError(f"{saved} is damaged: delete {self.folder} or choose another name (--name)") from error
-        new = dict(flatten(to_dict(self.config)))
+        if isinstance(tree, dict):
+            with contextlib.suppress(UserError):  # a key that this version has added has its default in older runs
+                tree = to_dict(load_config(type(self.config), [], tree))
+        old, new = dict(flatten(tree)), dict(flatten(to_dict(self.config)))
         changed = [
             k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(HARMLESS)
         ]

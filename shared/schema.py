@@ -197,6 +197,13 @@ class Sampling(Block):
 class Data(Block):
     path: str = key(..., "folder made by `lens-ldm simulate` or `lens-ldm prepare`", min_length=1)
     batch_size: int = key(8, "images a step, over all devices", ge=1)
+    augment: Literal["symmetries", "none"] = key("symmetries", "turn images as symmetries.json allows; without it: not")
+
+
+class LabelledData(Data):
+    augment: Literal["symmetries", "labelled", "none"] = key(  # type: ignore[assignment]
+        "symmetries", "turn images as symmetries.json allows; labelled: in all ways, told which; without it: not"
+    )
 
 
 class Optimizer(Block):
@@ -261,6 +268,7 @@ class Stage1(_Run):
 class Stage2(_Run):
     """configs/stage2: diffusion on the latents of an autoencoder, or on pixels."""
 
+    data: LabelledData
     autoencoder: str = key(..., "folder of a stage-1 run or model, or `pixels`", min_length=1)
     backbone: Annotated[UNet | DiT, Field(discriminator="name")] = UNet()
     diffusion: Diffusion = Diffusion()

@@ -14,7 +14,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from shared.precision import resolve_precision
 from shared.run import Run, is_main_process
 
 SILENCE = 20.0  # seconds between lines of progress where there is no terminal
+ELEMENT_STREAM = 1  # of a step's random numbers
 
 
 class EMA(nn.Module):
@@ -80,12 +81,22 @@ class StageModule(lightning.LightningModule):
     """What to optimise, log and save, for either stage. A subclass gives `loss` and `validate`.
 
     network   trained; `shadow` is its moving average, or the network itself when the average is off
-    batches   indices (N,) -> (N, ...) the data of a step, wherever they live
+    batches   indices (N,) -> (N, ...) the data of a step, wherever they live; or a tuple of them and what `loss` takes
+              beside them, each (N, ...)
+    count     images
+    chances   of the symmetries that may turn an image: index i + k count is image i, turned by the k-th of them
     """
 
-    def __init__(self, config: Any, network: nn.Module, batches: Callable[[Tensor], Tensor], count: int) -> None:
+    def __init__(
+        self,
+        config: Any,
+        network: nn.Module,
+        batches: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+        count: int,
+        chances: Sequence[float] = (1.0,),
+    ) -> None:
         super().__init__()
-        self.config, self.batches, self.count = config, batches, count
+        self.config, self.batches, self.count, self.chances = config, batches, count, chances
         self.network = network
         self.ema = EMA(network, config.ema.decay) if config.ema.decay > 0 else None
 
@@ -98,8 +109,8 @@ class StageModule(lightning.LightningModule):
     def shadow(self) -> nn.Module:
         return self.ema.module if self.ema is not None else self.network
 
-    def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch (N, ...) -> the scalar to minimise, and what to log beside it."""
+    def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch (N, ...), as `batches` gives it -> the scalar to minimise, and what to log beside it."""
         raise NotImplementedError
 
     def validate(self, folder: Path | None) -> dict[str, float]:
@@ -127,11 +138,21 @@ class StageModule(lightning.LightningModule):
         torch.manual_seed(step_key(self.config.seed, self.trainer.global_step, self.trainer.global_rank))
 
     def training_step(self, indices: Any, batch_idx: int) -> dict[str, Any]:
-        batch = self.batches(torch.as_tensor(indices)).to(self.device, non_blocking=True)
+        given = self.batches(torch.as_tensor(indices) + self.count * self.drawn(len(indices)))
+        batch, *beside = (part.to(self.device, non_blocking=True) for part in _tuple(given))
         if self.config.trainer.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
-        loss, logs = self.loss(batch)
+        loss, logs = self.loss(batch, *beside)
         return {"loss": loss, "logs": {k: v.detach() for k, v in logs.items()}}
+
+    def drawn(self, n: int) -> Tensor:
+        """Which symmetry turns each of the n images of this step: a function of (seed, step, rank) alone."""
+        if len(self.chances) == 1:
+            return torch.zeros(n, dtype=torch.long)
+        # A generator of its own, so that the noise of the step is the same whatever turns its images.
+        key = step_key(self.config.seed, self.trainer.global_step, self.trainer.global_rank, ELEMENT_STREAM)
+        chances = torch.tensor(self.chances)
+        return torch.multinomial(chances, n, replacement=True, generator=torch.Generator().manual_seed(key))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -152,6 +173,10 @@ class StageModule(lightning.LightningModule):
         scale = learning_rate_scale(o.warmup_steps, self.config.trainer.max_steps, o.decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _tuple(given: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return given if isinstance(given, tuple) else (given,)
 
 
 def step_key(*parts: int) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from shared.data.cache import LensImages
+from shared.data.symmetries import Turns, apply_each
 from shared.report import save_grid
 from shared.training import StageModule
 from stage1_vqvae.losses import ReconstructionLoss
@@ -21,9 +22,14 @@ VALIDATION = 256  # images; PSNR to 0.05 dB
 class VQVAEModule(StageModule):
     network: VQVAE
 
-    def __init__(self, config: Any, network: VQVAE, images: LensImages) -> None:
+    def __init__(self, config: Any, network: VQVAE, images: LensImages, turns: Turns) -> None:
         train, held_out = images.split("train"), images.split("validation")
-        super().__init__(config, network, lambda i: images.batch(train[i.numpy()]), len(train))
+
+        def batch(places: Tensor) -> Tensor:
+            turned, i = places // len(train), places % len(train)
+            return apply_each(images.batch(train[i.numpy()]), turns.elements, turned)
+
+        super().__init__(config, network, batch, len(train), turns.chances)
         self.held_out = images.batch(held_out[:VALIDATION])
         transform = network.transform
         law = estimate_law(transform.light(self.unit(transform(images.batch(train[:VALIDATION])))))
@@ -39,7 +45,7 @@ class VQVAEModule(StageModule):
         """Whether the encoder has learned long enough for a quantiser to start from its latents."""
         return self.trainer.global_step >= self.network.quantizer.warmup_steps
 
-    def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         scaled = self.network.transform(batch)
         output, _, commitment = self.network(scaled, quantize=self.quantizing)
         total, terms = self.criterion(self.unit(output.float()), self.unit(scaled))

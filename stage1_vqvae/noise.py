@@ -69,7 +69,7 @@ class NoiseLaw(nn.Module):
                            torch.linspace(0, 1, 25, device=signal.device)[1:] * signal.max()]).unique()  # fmt: skip
         bins = torch.bucketize(signal, edges[1:-1])
         count = torch.bincount(bins, minlength=len(edges) - 1).double()
-        keep = count >= 200
+        keep = count >= min(200, float(count.max()))  # of a few small images the fullest bin must do
 
         def mean(values: Tensor) -> Tensor:
             return (torch.bincount(bins, values.double(), len(edges) - 1) / count.clamp_min(1))[keep]

@@ -10,6 +10,7 @@ from shared.checkpoint import autoencoder_config, publish
 from shared.config import to_dict
 from shared.data.cache import LensImages
 from shared.data.normalise import PixelTransform
+from shared.data.symmetries import turns
 from shared.errors import UserError
 from shared.precision import autocast, choose_device, resolve_precision
 from shared.registry import build
@@ -29,7 +30,8 @@ def train(config: Stage1, resume: str = "auto") -> Path:
     if not len(images.split("validation")):
         raise UserError(f"{config.data.path} has {len(images)} images, none of them for validation: prepare more")
     choose_device(config.trainer.accelerator)  # one that is not there is told now
-    fingerprint = {"data": images.fingerprint}
+    turned = turns(images, config.data.augment)
+    fingerprint = {"data": images.fingerprint, **turned.fingerprint}
     run = Run(config, resume)
     if run.is_complete(fingerprint):
         tqdm.write(f"{run.folder} is complete")
@@ -37,7 +39,7 @@ def train(config: Stage1, resume: str = "auto") -> Path:
     spec = to_dict(config)["autoencoder"]
     torch.manual_seed(config.seed)
     network = build("autoencoder", spec, image_shape=images.image_shape, transform=images.transform)
-    module = VQVAEModule(config, network, images)
+    module = VQVAEModule(config, network, images, turned)
     fit(module, run, fingerprint)
     if is_main_process():
         finish(module, images, run, spec, fingerprint)

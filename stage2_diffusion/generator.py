@@ -29,6 +29,9 @@ class Generator:
 
     precision   bf16 or fp32, as in training
     defaults    sampler, steps and shift that `sample` uses when it is not told
+    conditions  what the denoiser's condition is made of, {name: width}, side by side. `orientation` says how a training
+                image was turned; samples are always asked for as the data have them, so that no turn leaks into them
+                (Karras et al. 2022, arXiv 2206.00364, §F.2)
     """
 
     def __init__(
@@ -37,9 +40,11 @@ class Generator:
         denoiser: Denoiser,
         precision: str = "fp32",
         defaults: dict[str, Any] | None = None,
+        conditions: dict[str, int] | None = None,
     ) -> None:
         self.autoencoder, self.denoiser, self.precision = autoencoder.eval(), denoiser.eval(), precision
         self.defaults = {"sampler": "ddim", "steps": 50, "shift": 1.0, **(defaults or {})}
+        self.conditions = conditions or {}
         self.config: dict[str, Any] = {}
 
     @classmethod
@@ -51,9 +56,12 @@ class Generator:
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         autoencoder = build_autoencoder(config["autoencoder"], parts["autoencoder"])
-        denoiser = build_denoiser(config["backbone"], config["diffusion"], autoencoder.latent_shape)
+        conditions = config.get("conditions", {})  # models from before there were any have none
+        denoiser = build_denoiser(config["backbone"], config["diffusion"], autoencoder.latent_shape, conditions)
         fill(denoiser, parts["denoiser"], "denoiser")
-        generator = cls(autoencoder, denoiser.requires_grad_(False), config["precision"], config["sampling"])
+        generator = cls(
+            autoencoder, denoiser.requires_grad_(False), config["precision"], config["sampling"], conditions
+        )
         generator.config = config
         return generator.to(device)
 
@@ -84,7 +92,7 @@ class Generator:
 
         An image depends on its own seed alone: on no other, nor on its place in a batch (to rounding).
 
-        cond      (len(seeds), d) or None
+        cond      (len(seeds), d) or None: the conditions beside `orientation`
         shift     of the grid of times; above 1: shorter steps at high noise
         observed  False: the clean light, without pixel noise
         options   of the sampler, such as eta for `ddim`, or times, another grid
@@ -96,7 +104,7 @@ class Generator:
             options = {"times": self.denoiser.schedule.times(steps, shift), **options}
         remaining, done = iter(seeds), 0
         while chunk := list(islice(remaining, batch_size)):
-            conditions = None if cond is None else cond[done : done + len(chunk)].to(self.device)
+            conditions = self.condition(len(chunk), None if cond is None else cond[done : done + len(chunk)])
             done += len(chunk)
 
             def denoise(x_t: Tensor, t: Tensor, conditions: Tensor | None = conditions) -> Tensor:
@@ -108,6 +116,13 @@ class Generator:
                 pixel_noise = SeededNoise(chunk, self.device, stream=PIXEL_NOISE).generators
                 images = self.autoencoder.decode(latents, observed=observed, generator=pixel_noise)
             yield chunk, images.float()
+
+    def condition(self, n: int, cond: Tensor | None = None) -> Tensor | None:
+        """The whole condition of n lenses as the data have them turned: label 0, then `cond` (n, d)."""
+        parts = [] if cond is None else [cond.to(self.device)]
+        if labels := self.conditions.get("orientation", 0):
+            parts.insert(0, orientations(labels)[:1].to(self.device).expand(n, -1))
+        return torch.cat(parts, 1) if parts else None
 
     def images(self, seeds: Iterable[int], **options: Any) -> Tensor:
         """All of `sample` at once, on the CPU: (N, C, H, W)."""
@@ -122,9 +137,25 @@ class Generator:
             return self.autoencoder.decode(latents, observed=observed, generator=generators).float().cpu()
 
 
-def build_denoiser(backbone: dict[str, Any], diffusion: dict[str, Any], latent_shape: tuple[int, int, int]) -> Denoiser:
-    """The `backbone` and `diffusion` blocks of a config -> a denoiser of latents of that shape."""
+def orientations(labels: int) -> Tensor:
+    """(labels, labels): the condition of each label, one-hot with the mean square of a standardised parameter.
+
+    With entries of 0 and 1 a network takes up to twice as many steps to heed them (DiT, 8 labels, 400 against 200).
+    """
+    return labels**0.5 * torch.eye(labels)
+
+
+def build_denoiser(
+    backbone: dict[str, Any],
+    diffusion: dict[str, Any],
+    latent_shape: tuple[int, int, int],
+    conditions: dict[str, int] | None = None,
+) -> Denoiser:
+    """The `backbone` and `diffusion` blocks of a config -> a denoiser of latents of that shape, under these conditions."""
     d = diffusion
     # eps is asked what noise hid x_0, and from pure noise there is no answer: its schedule stops short of it.
     schedule = NoiseSchedule(d["schedule"], zero_terminal=d["prediction"] != "eps", shift=d["shift"])
-    return Denoiser(build("backbone", backbone, latent_shape=latent_shape), schedule, d["prediction"], d["time"])
+    width = sum((conditions or {}).values())
+    network = build("backbone", backbone, latent_shape=latent_shape, cond_dim=width + 1 if width else 0)  # + its flag
+    # How an image was turned is told for every image: a sample that may come out turned is what the label is against.
+    return Denoiser(network, schedule, d["prediction"], d["time"], cond_dropout=0.0)

@@ -1,5 +1,6 @@
 """Stage 2 for Lightning: denoise latents that were encoded once, draw a few lenses now and then."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ class DiffusionModule(StageModule):
         config: Any,
         network: Denoiser,
         autoencoder: Autoencoder,
-        latents: Tensor,
+        batches: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+        count: int,
+        chances: Sequence[float],
         held_out: Tensor,
         precision: str,
+        conditions: dict[str, int],
     ) -> None:
-        super().__init__(config, network, lambda i: latents[i], len(latents))
-        self.held_out = held_out
+        super().__init__(config, network, batches, count, chances)
+        self.held_out, self.conditions = held_out, conditions
         # In a tuple, so that Lightning neither trains, moves nor saves what is frozen.
         self.frozen = (autoencoder,)
         self.sampling_precision = precision
@@ -38,8 +42,8 @@ class DiffusionModule(StageModule):
     def compiled_part(self) -> nn.Module:
         return self.network.backbone
 
-    def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.network.loss(batch).mean(), {}
+    def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.network.loss(batch, *beside).mean(), {}
 
     @torch.no_grad()
     def validate(self, folder: Path | None) -> dict[str, float]:
@@ -47,17 +51,18 @@ class DiffusionModule(StageModule):
         was_training = shadow.training
         shadow.eval()
         metrics = {}
+        generator = Generator(self.frozen[0].to(self.device), shadow, self.sampling_precision, None, self.conditions)
         with torch.random.fork_rng(devices=[]), self.trainer.precision_plugin.forward_context():
             x_0 = self.held_out.to(self.device)
+            cond = generator.condition(len(x_0))
             for k in range(LEVELS):
                 torch.manual_seed(k)  # the same noise at every validation: what changes is the model
                 eps, t = torch.randn(x_0.shape).to(x_0), torch.full((len(x_0),), (k + 0.5) / LEVELS, device=x_0.device)
                 alpha, sigma = shadow.schedule(t)
-                error = (shadow(alpha * x_0 + sigma * eps, t) - x_0).square().mean()
+                error = (shadow(alpha * x_0 + sigma * eps, t, cond) - x_0).square().mean()
                 metrics[f"x0_error_t{(k + 0.5) / LEVELS:.2f}"] = float(error)
         metrics["x0_error"] = sum(metrics.values()) / LEVELS
         if folder is not None:
-            generator = Generator(self.frozen[0].to(self.device), shadow, self.sampling_precision)
             images = generator.images(range(PREVIEWS), **self.config.sampling.model_dump())
             title = (
                 f"step {self.trainer.global_step}: {self.config.sampling.steps} steps of {self.config.sampling.sampler}"

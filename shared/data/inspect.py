@@ -1,6 +1,8 @@
 """`lens-ldm inspect data/NAME`: what is in a data set, as a table, a histogram and a contact sheet.
 
-Writes contact_sheet.png and histogram.png into the folder of the data set, or into --out.
+Writes contact_sheet.png and histogram.png into the folder of the data set, or into --out. --symmetries tests which of the
+eight flips and rotations leave the distribution of the images alone, and writes symmetries.json, by which training turns
+its images. --against asks how well a small network tells the images from those of another data set.
 """
 
 import argparse
@@ -33,8 +35,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="lens-ldm inspect", description=__doc__)
     parser.add_argument("data", type=Path, metavar="data/NAME", help="a data set of `prepare` or `simulate`")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to put the pictures (default: the data set)")
+    parser.add_argument("--symmetries", action="store_true", help="test them on the training images")
+    parser.add_argument("--against", type=Path, metavar="data/OTHER", help="tell the two apart, cross-validated")
+    parser.add_argument("--count", type=_several, default=2000, help="images for either (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of either (default %(default)s)")
     options = parser.parse_args(argv)
     dataset, out = LensImages(options.data), options.out or options.data
+    other = LensImages(options.against) if options.against else None
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_contact_sheet(dataset, out / CONTACT_SHEET)
@@ -43,6 +50,30 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"cannot write to {out} ({error.strerror}): name another folder with --out") from error
     print(table(dataset))
     print(f"pictures: {out / CONTACT_SHEET}, {out / HISTOGRAM}")
+    if options.symmetries:
+        from shared.data.symmetries import main_symmetries
+
+        print(f"\n{main_symmetries(options.data, options.count, options.seed)}")
+    if other is not None:
+        print(f"\n{_told_apart(dataset, other, options.count, options.seed)}")
+
+
+def _told_apart(a: LensImages, b: LensImages, count: int, seed: int) -> str:
+    from shared.metrics.two_sample import classifier_two_sample
+
+    found = classifier_two_sample(*(data.images[_evenly(np.arange(len(data)), count)] for data in (a, b)), seed=seed)
+    (low, high), (least, most) = found.auc_interval, found.accuracy_interval
+    return (
+        f"a small network, cross-validated, tells {found.n_a} images of {a.path} from {found.n_b} of {b.path}\n"
+        f"  right in {found.accuracy:.1%} (95 %: {least:.1%} to {most:.1%}; 50 % is chance), "
+        f"AUC {found.auc:.3f} (95 %: {low:.3f} to {high:.3f}; 0.5 is chance)"
+    )
+
+
+def _several(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of images")
+    return int(text)
 
 
 def table(dataset: LensImages) -> str:

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from shared.cli import main
-from shared.fit import _holm
 from shared.simulate.preset import Preset
 from shared.simulate.run import simulate_to
 
@@ -78,7 +77,3 @@ def test_a_mistake_is_one_line(
     assert stopped.value.code == 2
     assert message in lines[-1]
     assert "Traceback" not in "".join(lines)
-
-
-def test_holms_correction() -> None:
-    assert _holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})

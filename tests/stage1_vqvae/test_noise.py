@@ -107,3 +107,12 @@ def test_noise_of_an_image_belongs_to_its_generator() -> None:
 def test_an_unfitted_law_adds_nothing() -> None:
     clean = rings(2)
     assert torch.equal(NoiseLaw()(clean), clean)
+
+
+def test_a_few_small_images_give_a_law_of_some_kind():
+    g = torch.Generator().manual_seed(0)
+    clean = torch.zeros(2, 1, 10, 10)
+    law = NoiseLaw()
+    law.fit(clean + 0.1 * torch.randn(clean.shape, generator=g), clean)
+    assert 0.003 < float(law.a) < 0.03  # 0.01, of 72 pixels that the filter correlates
+    assert all(map(torch.isfinite, (law.b, law.background, law.skew)))

@@ -1,5 +1,7 @@
 """`lens-ldm inspect`: the table tells the truth, the pictures show the images."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +119,26 @@ def test_the_histogram_counts_the_pixels(tmp_path, monkeypatch):
         assert (stairs.values[stairs.edges[1:] < part.mean((1, 2, 3)).min()] == 0).all()
     with pytest.raises(UserError, match="no data set"):
         LensImages(tmp_path / "none")
+
+
+def test_symmetries_and_another_data_set_are_asked_for_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for name, sigma in (("a", 0.1), ("b", 0.1), ("loud", 0.2)):
+        images = np.zeros((800, 1, 16, 16), np.float32)
+        images[..., 4:8, 4:8] = 1  # to the upper left, in all of them
+        write(tmp_path / name, images + sigma * rng.standard_normal(images.shape).astype(np.float32))
+    main(["inspect", str(tmp_path / "a"), "--symmetries", "--against", str(tmp_path / "b"), "--count", "800"])
+    shown = capsys.readouterr().out
+    assert re.search(r"flip_lr +broken", shown)
+    assert re.search(r"rot180 +broken", shown)
+    assert json.loads((tmp_path / "a" / "symmetries.json").read_text())["allowed"] == ["identity", "transpose"]
+    interval = re.search(r"AUC .* 95 %: ([\d.]+) to ([\d.]+)", shown)
+    assert interval is not None
+    assert float(interval[1]) < 0.5 < float(interval[2])
+    main(["inspect", str(tmp_path / "a"), "--against", str(tmp_path / "loud")])
+    louder = re.search(r"AUC ([\d.]+)", capsys.readouterr().out)
+    assert louder is not None
+    assert float(louder[1]) > 0.9
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "a"), "--against", str(tmp_path / "nowhere")])
+    assert "nowhere" in capsys.readouterr().err.splitlines()[-1]

@@ -331,7 +331,8 @@ def test_images_that_a_choice_cannot_take_are_named(tmp_path):
     with pytest.raises(UserError, match=r"1 of 5 images .*\n  a\.npy\[2\]: is constant, 7 in every pixel"):
         prepare(source, tmp_path / "out", normalise="minmax")
     with pytest.raises(
-        UserError, match=r"2 of 5 images .*\n  a\.npy\[2\]: is constant.*\n  a\.npy\[4\]: has values in \[-1, 80\], beyond fixed:0,90"
+        UserError,
+        match=r"2 of 5 images .*\n  a\.npy\[2\]: is constant.*\n  a\.npy\[4\]: has values in \[-1, 80\], beyond fixed:0,90",
     ):
         prepare(source, tmp_path / "out", normalise="fixed:0,90")
     with pytest.raises(UserError, match="no such choice"):
