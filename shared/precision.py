@@ -1,6 +1,8 @@
-"""Which device, and bf16 or fp32: what a machine has and is fast at, for use outside a Trainer."""
+"""Which device, bf16 or fp32, how many threads: what a machine has and is fast at, for use outside a Trainer."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -10,6 +12,17 @@ from shared.errors import UserError
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The precision a model was trained in, for using it outside a Trainer."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: no rounding depends on where threads cut a tensor, and small operations are faster."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def choose_device(accelerator: str = "auto") -> torch.device:

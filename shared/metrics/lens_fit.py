@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from shared.errors import UserError
 from shared.metrics import Images, batches
+from shared.precision import one_thread
 from shared.simulate.lens import Parameters, sersic, surface_brightness
 from shared.simulate.preset import Preset, draw_parameters
 
@@ -239,7 +240,8 @@ class LensFitter:
         side = self.preset.pixels
         total = len(images) if isinstance(images, Tensor | np.ndarray) else None
         parts = []
-        with tqdm(total=total, unit="image", desc="fitting lenses", disable=None if progress else True) as bar:
+        bar = tqdm(total=total, unit="image", desc="fitting lenses", disable=None if progress else True)
+        with bar, one_thread():
             for batch in batches(images, self.batch):
                 if tuple(batch.shape[1:]) != (1, side, side):
                     shape = "x".join(map(str, batch.shape[1:]))

@@ -154,7 +154,8 @@ def score(network: nn.Module, images: Tensor) -> Tensor:
 
 # Each image is tested by a network that the others trained, and trains those that test the others: what two images tell
 # of one another is counted twice. Where the sets are equal the variance is twice that of as many independent images
-# (to first order in the training set, whose kernel is symmetric: Jacot et al. 2018), so half of them are counted.
+# (to first order in the training set, whose kernel is symmetric: Jacot et al. 2018), so half of them are counted. Short
+# trainings lean less on single images, and their intervals are on the wide side.
 HALF = 0.5
 
 
@@ -227,8 +228,8 @@ def describe(images: Tensor) -> Described:
     def strength(difference: Tensor) -> Tensor:
         return blocks(difference.square(), GRADIENTS)
 
-    # Of neighbours, since a longer way round sees nothing of how neighbours are correlated; the diagonals beside them,
-    # since sides and diagonals tell directions apart that mirror the other pair.
+    # Of neighbours, for differences two pixels apart see nothing of how neighbours are correlated. Along the sides and
+    # along the diagonals, for no mirror leaves both kinds alone.
     across, down = strength(images.diff(dim=-1)), strength(images.diff(dim=-2))
     falling = strength(images[..., 1:, 1:] - images[..., :-1, :-1])
     rising = strength(images[..., 1:, :-1] - images[..., :-1, 1:])
@@ -265,12 +266,12 @@ def paired_test(a: Sequence[Described], b: Sequence[Described], seed: int = 0, l
             # s' K (K + r)^-1 s = n - r |L^-1 s|² with L L' = K + r: one factor for all signs
             return n - ridge * np.square(linalg.solve_triangular(factor, s, lower=True, check_finite=False)).sum(0)
 
-        null = statistic(signs)
-        spread = null.std()
+        seen_and_null = np.append(statistic(np.ones((n, 1))), statistic(signs))
+        null, spread = seen_and_null[1:], seen_and_null.std()
         if spread < 1e-9 * n:  # a single pair
             visible = 1.0
             continue
-        found.append((np.append(statistic(np.ones((n, 1))), null) - null.mean()) / spread)
+        found.append((seen_and_null - seen_and_null.mean()) / spread)
         # Rules as this kernel imagines them. One that is right in a share x of the pairs adds (2 x - 1)² of what one
         # adds that is never wrong.
         smooth = np.linalg.cholesky(gram + 1e-6 * scale * np.eye(n))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d
 
 from shared.errors import UserError
+from shared.precision import one_thread
 from shared.simulate.lens import Parameters, surface_brightness
 from shared.simulate.preset import NOISE_STREAM, POINTS, UNITS, Preset, draw_parameters, generator
 
@@ -101,10 +102,7 @@ def render(
     lacking = np.stack([np.isnan(values).reshape(count, -1).any(1) for values in used.values()], axis=1)
     masses = (used["theta_p"] > 0).sum(1) if "theta_p" in used else np.zeros(count, dtype=int)
     images = torch.empty(count, 1, preset.pixels, preset.pixels, dtype=dtype)
-    # On one thread, so that no rounding can depend on where threads cut an image.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for lacks in np.unique(lacking, axis=0):  # lenses of the same components go together
             names = [name for name, missing in zip(columns, lacks, strict=True) if not missing]
             members = np.flatnonzero((lacking == lacks).all(1))
@@ -120,8 +118,6 @@ def render(
                     images[index, 0] = observe_light(preset, p)
                 else:
                     images[chosen, 0] = torch.func.vmap(partial(observe_light, preset))(p)[: len(chosen)].cpu()
-    finally:
-        torch.set_num_threads(threads)
     return images
 
 
