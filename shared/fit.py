@@ -55,15 +55,17 @@ def main(argv: list[str] | None = None) -> None:
     free = [name for name in a.free.split(",") if name]
     fitter = LensFitter(preset, kind=a.kind, free=free, noise=a.noise, margin=a.margin)
     fits = fitter.fit(images, progress=True)
-    out = a.out or Path(f"fits-{a.source.resolve().stem}")
+    source = a.source.resolve()
+    out = a.out or Path(f"fits-{source.name if source.is_dir() else source.stem}")
+    csv_file, picture = (out.with_name(out.name + suffix) for suffix in (".csv", ".png"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out.with_suffix(".csv"), table(fits).encode())
-        draw(out.with_suffix(".png"), images, fits)
+        write_atomically(csv_file, table(fits).encode())
+        draw(picture, images, fits)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
     print(summary(fits, fitter.preset, truth))
-    print(f"{out.with_suffix('.csv')}, {out.with_suffix('.png')}: every fit, and the {SHOWN} worst")
+    print(f"{csv_file}, {picture}: every fit, and the {SHOWN} worst")
 
 
 def load_images(
@@ -77,7 +79,7 @@ def load_images(
             raise UserError(f"{source} has no images in its {split} split")
         known = data.index.get("parameters", {})
         truth = {name: np.array(column["values"], float)[chosen] for name, column in known.items()}
-        return np.array(data.images[chosen]), truth
+        return data.originals(chosen), truth  # in the units of the preset, not of --normalise minmax
     if split is not None:
         raise UserError(f"--split is for data sets of `lens-ldm prepare` and `simulate`, which {source} is not")
     with Source(source, key=key) as images:
@@ -130,27 +132,30 @@ def summary(fits: LensFits, preset: Preset, truth: dict[str, np.ndarray]) -> str
         f"lenses at the noise level (chi2 below 1.2, above 1/1.2; 10 sigma): {good.sum()} of {n}, "
         f"{good.mean():.1%} (95 %: {interval.low:.1%} to {interval.high:.1%})"
     )
+    if not good.any():
+        return "\n".join(lines)
     known = [name for name in fits.parameters if name in truth]
-    header = f"\n{'':12}{'median':>9}{'16 %':>9}{'84 %':>9}{'error':>9}{'KS p':>8}"
+    lines.append(f"\nparameters of the {good.sum()}:")
+    header = f"{'':12}{'median':>9}{'16 %':>9}{'84 %':>9}{'error':>9}{'KS p':>8}"
     lines.append(header + (f"{'bias':>10}{'scatter':>9}{'pull':>7}" if known else ""))
     drawn = draw_parameters(preset, 0, range(PRIOR_DRAWS))
-    tests = {}
+    tests, found = {}, {}
     for name, values in fits.parameters.items():
-        prior = drawn.get(name, np.zeros(1))
+        prior = drawn[name]
+        found[name] = _same_turn(name, values[good], prior)
         if np.ptp(prior) > 0:
-            tests[name] = stats.ks_2samp(_same_turn(name, values, prior), prior).pvalue
+            tests[name] = stats.ks_2samp(found[name], _same_turn(name, prior, prior)).pvalue
     adjusted = holm(tests)
-    for name, values in fits.parameters.items():
-        values = _same_turn(name, values, drawn.get(name, np.zeros(1)))
+    for name, values in found.items():
         low, middle, high = np.quantile(values, [0.16, 0.5, 0.84])
+        errors = fits.errors[name][good]
         p = f"{adjusted[name]:8.3f}" if name in adjusted else f"{'-':>8}"
-        line = f"{name:12}{middle:9.4f}{low:9.4f}{high:9.4f}{np.median(fits.errors[name]):9.4f}{p}"
+        line = f"{name:12}{middle:9.4f}{low:9.4f}{high:9.4f}{np.median(errors):9.4f}{p}"
         if name in known:
-            difference = values - truth[name]
+            difference = values - truth[name][good]
             if name in ANGLES:
                 difference = (difference + 90) % 180 - 90
-            pull = _spread(difference / fits.errors[name])
-            line += f"{np.median(difference):10.4f}{_spread(difference):9.4f}{pull:7.2f}"
+            line += f"{np.median(difference):10.4f}{_spread(difference):9.4f}{_spread(difference / errors):7.2f}"
         lines.append(line)
     lines.append("error: median standard deviation of a fit; KS p: against the preset's prior, Holm's correction")
     if known:

@@ -202,9 +202,13 @@ class LensFitter:
         self.preset, self.noise, self.margin, self.device = preset, noise, margin, torch.device(device)
         drawn = draw_parameters(preset, 0, range(LIBRARY))
         self.instrument = None if noise else _instrument(preset, drawn)
-        varying = {name for name in Coordinates.NAMES if name in drawn and np.ptp(drawn[name]) > 0}
+        wanted = {name for name in Coordinates.NAMES if name in drawn and np.ptp(drawn[name]) > 0} | set(free)
+        if lacking := sorted(name for name in wanted if name in Coordinates.NAMES and name not in drawn):
+            raise UserError(f"preset {preset.name} has no {', '.join(lacking)} that could be free")
+        # An angle is free with what it is the angle of.
+        wanted |= {size for size, angle in Coordinates.SPINS if angle in wanted}
         self.coordinates = Coordinates(
-            varying | set(free), {name: float(drawn[name][0]) for name in Coordinates.NAMES if name in drawn}
+            wanted, {name: float(drawn[name][0]) for name in Coordinates.NAMES if name in drawn}
         )
         tensors = {name: torch.from_numpy(drawn[name]).float().to(self.device) for name in self.coordinates.names}
         self.library = self.coordinates.vector(tensors)
@@ -233,7 +237,8 @@ class LensFitter:
 
     @torch.no_grad()
     def fit(self, images: Images, progress: bool = False) -> LensFits:
-        """Fit images (N, 1, H, W) on the preset's grid, in any linear units; see LensFits.
+        """Fit images (N, 1, H, W) on the preset's grid, in any linear units; see LensFits. Of a preset
+        that does not scale its images, and where `noise` is given, in those units.
 
         Some 0.2 s an image on one CPU core at 150x150. Raises UserError for images of another size, NaN among them.
         """
@@ -252,15 +257,19 @@ class LensFitter:
 
     def _fit(self, images: Tensor) -> LensFits:
         n, side, names = len(images), self.preset.pixels, self.coordinates.names
-        sigma = _sky_noise(images)
-        starts = self._starts(images, sigma).flatten(0, 1)
-        wide, wide_sigma = images.repeat_interleave(STARTS, 0), sigma.repeat_interleave(STARTS, 0)
-        found = self._descend(starts, wide, wide_sigma, self.middle, 1, 10)
+        # In units of each image's brightest pixel: whatever the user's unit is, float32 holds its square.
+        brightest = images.flatten(1).abs().amax(1, keepdim=True)
+        unit = torch.where(brightest > 0, brightest, 1.0)
+        images = images / unit[..., None, None]
+        scales = torch.cat([_sky_noise(images), unit], 1)
+        starts = self._starts(images, scales[:, :1]).flatten(0, 1)
+        wide, wide_scales = images.repeat_interleave(STARTS, 0), scales.repeat_interleave(STARTS, 0)
+        found = self._descend(starts, wide, wide_scales, self.middle, 1, 10)
         best = found.chi2.view(n, STARTS).argmin(1)
         u = found.u.view(n, STARTS, -1)[torch.arange(n, device=self.device), best]
         # Coarse sampling of the points first: the same basin at a fraction of the cost.
-        u = self._descend(u, images, sigma, 1, 1, 4).u
-        found = self._descend(u, images, sigma, 1, self.preset.supersampling, 10)
+        u = self._descend(u, images, scales, 1, 1, 4).u
+        found = self._descend(u, images, scales, 1, self.preset.supersampling, 10)
         values = vmap(self.coordinates.reported)(found.u).double()
         slope = vmap(jacfwd(self.coordinates.reported))(found.u).double()
         errors = (slope @ torch.linalg.pinv(found.hessian) @ slope.mT).diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
@@ -273,37 +282,41 @@ class LensFitter:
             snr=found.snr.cpu().numpy(),
             parameters=parameters,
             errors={name: errors[:, k].cpu().numpy() for k, name in enumerate(names)},
-            amplitude=found.c[:, 0].cpu().numpy(),
-            background=found.c[:, -1].cpu().numpy(),
-            law=torch.cat(self._law(found.c, sigma), 1).cpu().numpy(),
-            clean=found.model.view(n, 1, side, side).cpu().numpy(),
+            amplitude=(found.c[:, 0] * unit[:, 0]).cpu().numpy(),
+            background=(found.c[:, -1] * unit[:, 0]).cpu().numpy(),
+            law=(torch.cat(self._law(found.c, scales), 1).double() * torch.cat([unit * unit.double(), unit], 1))
+            .cpu()
+            .numpy(),
+            clean=(found.model * unit).view(n, 1, side, side).cpu().numpy(),
             converged=found.converged.cpu().numpy(),
         )
 
     def _pooled(self, images: Tensor, factor: int) -> Tensor:
         return avg_pool2d(images, factor)
 
-    def _law(self, c: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """c (N, K + 1), sigma (N, 1) -> a, b of the noise, each (N, 1).
+    def _law(self, c: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """c (N, K + 1), scales (N, 2) -> a, b of the noise, each (N, 1), where an image is 1 at its brightest pixel.
+
+        scales   standard deviation of the sky in that unit, and that unit in the user's own
 
         An image that was scaled to its own range has a gain of its own: that of its source's amplitude where the preset
         fixes I_s, otherwise that which makes the noise of the sky what is measured.
         """
+        sigma, unit = scales[:, :1], scales[:, 1:]
+        a, b, per_I_s = self.instrument or (*(self.noise or (0.0, 0.0)), 0.0)
         if self.instrument is None:
-            a, b = self.noise or (0.0, 0.0)
-            return torch.full_like(sigma, a), torch.full_like(sigma, b)
-        a, b, per_I_s = self.instrument
+            return a / unit / unit, b / unit
         if self.preset.scaling == "none":
-            gain = torch.ones_like(sigma)
+            gain = 1 / unit
         elif per_I_s:
             gain = c[:, :1].clamp_min(1e-12) / per_I_s
         else:
             gain = sigma / a**0.5
         return gain * gain * a, gain * b
 
-    def _variance(self, model: Tensor, c: Tensor, sigma: Tensor) -> Tensor:
-        """Of a pixel of full size. model (N, n), c (N, K + 1), sigma (N, 1) -> (N, n)."""
-        a, b = self._law(c, sigma)
+    def _variance(self, model: Tensor, c: Tensor, scales: Tensor) -> Tensor:
+        """Of a pixel of full size. model (N, n), c (N, K + 1), scales (N, 2) -> (N, n)."""
+        a, b = self._law(c, scales)
         return a + b * (model - c[:, -1:]).clamp_min(0)
 
     def _starts(self, images: Tensor, sigma: Tensor) -> Tensor:
@@ -323,7 +336,7 @@ class LensFitter:
         explained = torch.where(solution[..., 0] > 0, explained, -torch.inf)
         return self.library[explained.topk(STARTS, dim=1).indices]
 
-    def _descend(self, u: Tensor, images: Tensor, sigma: Tensor, factor: int, points: int, steps: int) -> "_Descent":
+    def _descend(self, u: Tensor, images: Tensor, scales: Tensor, factor: int, points: int, steps: int) -> "_Descent":
         """Levenberg-Marquardt from u (N, P) on images pooled by `factor`, until each moves by less than 0.1 sigma."""
         grid = self.grids[factor, points]
         data = self._pooled(images, factor).flatten(1)
@@ -338,14 +351,14 @@ class LensFitter:
         design = self._design(light(u))
         c = _solve_linear(design, data, keep.expand_as(data))
         for _ in range(2):
-            c = _solve_linear(design, data, keep / self._variance(_combine(c, design), c, sigma))
+            c = _solve_linear(design, data, keep / self._variance(_combine(c, design), c, scales))
         hessian = torch.eye(u.shape[1], device=u.device, dtype=torch.float64).repeat(len(u), 1, 1)
         damping = torch.full((len(u), 1), 1e-3, device=u.device, dtype=torch.float64)
         active = torch.arange(len(u), device=u.device)
         for _ in range(steps):
             d, y, a = design[active], data[active], c[active]
             model = _combine(a, d)
-            w = keep / self._variance(model, a, sigma[active])
+            w = keep / self._variance(model, a, scales[active])
             residual = y - model
             j = (slope(u[active]) * a[:, :-1, None, None]).sum(1).mT  # (N, P, n)
             # What the amplitudes can absorb is no slope (variable projection; Kaufman 1975).
@@ -369,10 +382,10 @@ class LensFitter:
             if not len(active):
                 break
         model = _combine(c, design)
-        w = keep / self._variance(model, c, sigma)
+        w = keep / self._variance(model, c, scales)
         squares = w * (data - model).square()
         chi2 = squares.sum(1)
-        lit = (model - c[:, -1:] > 5 * self._law(c, sigma)[0].sqrt()) & (keep > 0)
+        lit = (model - c[:, -1:] > 5 * self._law(c, scales)[0].sqrt()) & (keep > 0)
         chi2_lit = (squares * lit).sum(1) / lit.sum(1).clamp_min(1)
         sky = (w * data).sum(1, keepdim=True) / w.sum(1, keepdim=True)
         snr = ((w * (data - sky).square()).sum(1) - chi2).clamp_min(0).sqrt()

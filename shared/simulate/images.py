@@ -139,7 +139,12 @@ def observe(
     observed, expected = torch.empty(clean.shape), torch.empty(clean.shape)
     for k, i in enumerate(indices):
         rng = generator(seed, i, NOISE_STREAM)
-        counts, mean = _expose(preset, clean[k].double().numpy(), float(exposure[k]), rng)
+        try:
+            counts, mean = _expose(preset, clean[k].double().numpy(), float(exposure[k]), rng)
+        except ValueError as error:  # numpy counts photons up to 2^63
+            raise UserError(
+                f"image {i} of preset {preset.name} cannot be exposed ({error}): lower its flux, sky or exposure"
+            ) from error
         if preset.scaling == "min-max":
             low, high = counts.min(), counts.max()
             if low == high:

@@ -123,7 +123,16 @@ def _prior(value: object) -> Prior:
         raise ValueError(f"{text!r} needs finite numbers, low <= high")
     if law in ("loguniform", "power_law") and not numbers[-2] > 0:
         raise ValueError(f"{text!r} needs low > 0")
+    if law == "power_law" and not all(1e-250 < _power(limit, a + 1) < 1e250 for limit in numbers[1:]):
+        raise ValueError(f"{text!r} is too steep for its numbers")
     return Prior(law, numbers)
+
+
+def _power(base: float, exponent: float) -> float:
+    try:
+        return float(base**exponent)
+    except OverflowError:
+        return math.inf
 
 
 Law = Annotated[Prior, BeforeValidator(_prior), PlainSerializer(str)]
@@ -220,7 +229,7 @@ WHOLES = (  # components that have or lack their parts together
     ("the line of mass?", "the length of the line?", "the mass of the line?"),
 )
 POSITIVE = (
-    *("mass", "theta_E", "n_s", "R_s", "I_s", "n_light", "R_light", "I_light"),
+    *("mass", "theta_E", "R_s", "I_s", "R_light", "I_light"),
     *("half_length_v", "mass_v", "axion_mass", "m_p", "exposure"),
 )
 AXIS_RATIOS = ("q_s", "q_l", "q_light")
@@ -384,6 +393,10 @@ def _problems(preset: Preset, priors: dict[str, Prior]) -> list[str]:
         conditions["0 < z_l < z_s"] = priors["z_l"].low > 0 and priors["z_l"].high < priors["z_s"].low
     conditions |= {f"0 < {q} <= 1": priors[q].low > 0 and priors[q].high <= 1 for q in AXIS_RATIOS if q in priors}
     conditions |= {f"{name} > 0": priors[name].low > 0 for name in POSITIVE if name in priors}
+    if "gamma" in priors:
+        conditions["0 <= gamma < 1"] = priors["gamma"].low >= 0 and priors["gamma"].high < 1
+    # Below 0.164 the profile would rise outwards: k of shared/simulate/lens.py is negative there.
+    conditions |= {f"{n} >= 0.2": priors[n].low >= 0.2 for n in ("n_s", "n_light") if n in priors}
     if "fraction_v" in priors:
         conditions["0 < fraction_v < 1"] = priors["fraction_v"].low > 0 and priors["fraction_v"].high < 1
     if "N_p" in priors:

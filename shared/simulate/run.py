@@ -113,7 +113,10 @@ def merge(folder: Path, preset: Preset, count: int, seed: int, parts: int, progr
 
 def part_folder(folder: Path, k: int, n: int) -> Path:
     """The folder of the k-th of n parts of a data set."""
-    return folder.with_name(f"{folder.name}.shard-{k}-of-{n}")
+    whole = folder if folder.name else folder.resolve()  # `.` has a name, too
+    if not whole.name:
+        raise UserError(f"--out {folder} cannot be a data set: name a folder")
+    return whole.with_name(f"{whole.name}.shard-{k}-of-{n}")
 
 
 def _task(

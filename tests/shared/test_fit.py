@@ -63,6 +63,7 @@ def test_images_without_truth_are_fitted_alike(
         (["{data}", "--class", "vort"], "has no classes"),
         (["{data}", "--preset", "model-1"], "--noise A,B"),
         (["{data}", "--free", "n_s,colour"], "free in colour"),
+        (["{data}", "--free", "q_l"], "has no q_l"),
         (["{data}", "--margin", "75"], "leaves nothing"),
         (["{data}", "--count", "0"], "--count"),
         (["{data}", "--out", "{data}/images.npy/fits"], "choose another --out"),
@@ -77,3 +78,22 @@ def test_a_mistake_is_one_line(
     assert stopped.value.code == 2
     assert message in lines[-1]
     assert "Traceback" not in "".join(lines)
+
+
+def test_images_rescaled_for_training_are_fitted_in_their_own_units(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = Preset.load("model-2").select(["no_sub"])
+    simulate_to(tmp_path / "own", preset, 8, 3, workers=1, progress=False)
+    main(["prepare", str(tmp_path / "own" / "images.npy"), "--out", str(tmp_path / "scaled"), "--normalise", "minmax"])
+    fit(tmp_path / "scaled", "--preset", "model-2", "--out", tmp_path / "fits.of.2")
+    assert "8 of 8" in capsys.readouterr().out
+    assert (tmp_path / "fits.of.2.csv").exists()
+
+
+def test_what_is_no_lens_has_no_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "noise.npy", np.random.default_rng(0).normal(0.5, 0.1, (2, 150, 150)))
+    fit(tmp_path / "noise.npy", "--out", tmp_path / "fits")
+    shown = capsys.readouterr().out
+    assert "0 of 2" in shown
+    assert "theta_E  " not in shown

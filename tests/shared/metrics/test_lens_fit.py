@@ -78,6 +78,16 @@ def test_units_do_not_matter(fitter: LensFitter, fits: LensFits, truth) -> None:
     np.testing.assert_allclose(scaled.chi2, fits.chi2[:3], atol=0.15)  # this law has one gain for all
 
 
+@pytest.mark.parametrize("unit", [1e-18, 3.0, 1e12])
+def test_a_preset_that_scales_its_images_knows_no_unit(fitter: LensFitter, fits: LensFits, truth, unit: float) -> None:
+    scaled = fitter.fit(truth[0][:2].double() * unit)
+    np.testing.assert_allclose(scaled.chi2, fits.chi2[:2], atol=1e-3)
+    np.testing.assert_allclose(scaled.parameters["theta_E"], fits.parameters["theta_E"][:2], atol=1e-4)
+    np.testing.assert_allclose(scaled.amplitude, fits.amplitude[:2] * unit, rtol=1e-3)
+    np.testing.assert_allclose(scaled.variance(1) / unit**2, fits.variance(1), rtol=1e-2)
+    assert scaled.consistent().all()
+
+
 def test_noise_of_another_strength_is_seen(truth) -> None:
     observed, clean, _ = truth
     louder = clean + 1.2**0.5 * (observed - clean)
@@ -129,6 +139,22 @@ def test_images_of_another_size_and_nan_are_refused(fitter: LensFitter) -> None:
         fitter.fit(torch.full((2, 1, 150, 150), torch.nan))
     with pytest.raises(UserError, match="cannot be free in colour"):
         LensFitter(DEEPLENSE, free=["colour"])
+    with pytest.raises(UserError, match="preset deeplense has no q_l that could be free"):
+        LensFitter(DEEPLENSE, free=["q_l"])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wide", "dark"), ("wide", "light"), ("model-2", "no_sub")])
+def test_every_instrument_has_its_noise(name: str, kind: str) -> None:
+    preset = Preset.load(name).select([kind])
+    images, _, parameters = simulate(preset, 5, range(6))
+    found = LensFitter(Preset.load(name), kind=kind).fit(images)
+    assert abs(np.median(found.chi2) - 1) < 0.06
+    assert abs(np.median(found.parameters["x_s"] - parameters["x_s"])) < 0.005
+
+
+def test_an_angle_is_free_with_what_it_is_the_angle_of() -> None:
+    preset = Preset.load("deeplense", {"gamma": "0.1", "gamma_angle": "uniform(0, 180)"})
+    assert {"gamma", "gamma_angle"} <= set(LensFitter(preset).coordinates.names)
 
 
 def test_a_border_is_left_out(truth, fits: LensFits) -> None:

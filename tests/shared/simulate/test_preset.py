@@ -385,3 +385,17 @@ def test_wide_knows_no_direction() -> None:
     turn = (light - p["PA_l"][1::2] + 90) % 180 - 90
     assert follows(turn, "norm", 0, 10)
     assert follows(p["theta_E"], "uniform", 0.6, 1.4)
+
+
+@pytest.mark.parametrize(
+    ("prior", "value", "message"),
+    [
+        ("n_s", "0.1", "n_s >= 0.2"),
+        ("gamma", "5", "0 <= gamma < 1"),
+        ("m_p", "power_law(50, 1e6, 1e10)", "too steep"),
+        ("m_p", "power_law(-59, 1e6, 1e10)", "too steep"),
+    ],
+)
+def test_a_draw_without_physical_sense_is_refused(prior: str, value: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Preset.load("deeplense-test1", {prior: value})

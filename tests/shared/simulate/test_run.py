@@ -414,3 +414,22 @@ def test_a_users_mistake_is_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--prior", "I_s=1e20"], "cannot be exposed"), (["--set", "sky=1e20"], "cannot be exposed")],
+)
+def test_what_is_too_bright_is_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_command("simulate", ["--count", "2", "--out", str(tmp_path / "out"), "--workers", "1", *arguments])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_parts_of_the_folder_one_is_in_have_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert part_folder(Path("."), 1, 2) == tmp_path.with_name(f"{tmp_path.name}.shard-1-of-2")
+    with pytest.raises(UserError, match="name a folder"):
+        part_folder(Path("/"), 1, 2)
