@@ -51,9 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     if a.count < 1:
         raise UserError("--count needs at least 1")
     preset = Preset.load(a.preset)
-    images, truth = load_images(a.source, a.split, a.count, a.key)
+    kind = a.kind or next(iter(preset.classes), None)
+    images, truth = load_images(a.source, a.split, a.count, a.key, kind)
     free = [name for name in a.free.split(",") if name]
-    fitter = LensFitter(preset, kind=a.kind, free=free, noise=a.noise, margin=a.margin)
+    fitter = LensFitter(preset, kind=kind, free=free, noise=a.noise, margin=a.margin)
     fits = fitter.fit(images, progress=True)
     source = a.source.resolve()
     out = a.out or Path(f"fits-{source.name if source.is_dir() else source.stem}")
@@ -69,14 +70,24 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_images(
-    source: Path, split: str | None, count: int, key: str | None
+    source: Path, split: str | None, count: int, key: str | None, kind: str | None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The first `count` images of SOURCE, (N, C, H, W), and what is known of their parameters, {name: (N,)}."""
+    """The first `count` images of SOURCE, (N, C, H, W), and what is known of their parameters, {name: (N,)}.
+
+    Of a data set with the class `kind`, the images of that class.
+    """
     if (source / INDEX).exists():
         data = LensImages(source)
-        chosen = (np.arange(len(data)) if split is None else data.split(split))[:count]
+        chosen = np.arange(len(data)) if split is None else data.split(split)
+        classes = data.index.get("classes") or []
+        if kind in classes:
+            of_kind = np.asarray(data.index["labels"])[chosen] == classes.index(kind)
+            if not of_kind.all():
+                print(f"{of_kind.sum()} of {len(chosen)} images are of class {kind} (--class for others)")
+            chosen = chosen[of_kind]
+        chosen = chosen[:count]
         if not len(chosen):
-            raise UserError(f"{source} has no images in its {split} split")
+            raise UserError(f"{source} has no such images: choose another --split or --class")
         known = data.index.get("parameters", {})
         truth = {name: np.array(column["values"], float)[chosen] for name, column in known.items()}
         return data.originals(chosen), truth  # in the units of the preset, not of --normalise minmax
@@ -133,6 +144,10 @@ def summary(fits: LensFits, preset: Preset, truth: dict[str, np.ndarray]) -> str
         f"{good.mean():.1%} (95 %: {interval.low:.1%} to {interval.high:.1%})"
     )
     if not good.any():
+        unit = f"in {preset.pixel_unit}, " if preset.scaling == "none" else ""
+        lines.append(
+            f"none is: are they on the grid of {preset.pixel_scale:g} arcsec a pixel, {unit}and of this preset?"
+        )
         return "\n".join(lines)
     known = [name for name in fits.parameters if name in truth]
     lines.append(f"\nparameters of the {good.sum()}:")

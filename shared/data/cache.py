@@ -227,7 +227,7 @@ class CacheWriter:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
-                f"{self.folder} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: "
+                f"{self.folder} needs {needed / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free: "
                 "free some, ask for fewer images or choose another --out"
             )
 

@@ -8,11 +8,13 @@ its images. --against asks how well a small network tells the images from those 
 import argparse
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -119,6 +121,8 @@ def write_contact_sheet(dataset: LensImages, path: Path) -> None:
     every = dataset.images[np.unique(np.concatenate(list(shown.values())))]
     low, high = (float(v) for v in np.percentile(every, SHOWN_PERCENT))
     high = high if high > low else low + 1
+    bright, _ = _stretch(dataset)  # as the network will see them
+    darkest, brightest = bright(np.array([low, high])).tolist()
     channels, height, width = dataset.image_shape
     scale = min(max(max(width, height), 96), 192) / max(width, height)
     cell, gap = (max(1, round(width * scale)), max(1, round(height * scale))), 4
@@ -137,7 +141,7 @@ def write_contact_sheet(dataset: LensImages, path: Path) -> None:
         if len(classes) > 1:
             write(16, top + y + cell[1] * 0.42, _short(name), fontsize=11, weight="bold")
             write(16, top + y + cell[1] * 0.42 + 18, f"{len(classes[name]):,} images", fontsize=9, color=GREY)
-        for place, picture in enumerate(colour(dataset.images[indices], (low, high))):
+        for place, picture in enumerate(colour(bright(dataset.images[indices]), (darkest, brightest))):
             row, column = divmod(place, COLUMNS)
             fitted = Image.fromarray(picture).resize(
                 cell, Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST
@@ -159,8 +163,10 @@ def write_contact_sheet(dataset: LensImages, path: Path) -> None:
     if channels != 3:
         tall = min(sheet.height, 300)
         box = np.array((size[0] - 80, size[1] - top - tall, 13, tall)) / (size * 2)
-        scalar = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), "inferno")
-        bar = figure.colorbar(scalar, cax=figure.add_axes(tuple(box)), ticks=MaxNLocator(5))
+        scalar = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(darkest, brightest), "inferno")
+        ticks = _ticks(dataset, low, high)
+        bar = figure.colorbar(scalar, cax=figure.add_axes(tuple(box)), ticks=bright(ticks).tolist())
+        bar.set_ticklabels([f"{tick:.4g}" for tick in ticks])
         bar.ax.tick_params(labelsize=8)
     _save(figure, path)
 
@@ -173,7 +179,8 @@ def write_histogram(dataset: LensImages, path: Path) -> None:
     each = max(1, SAMPLED_PIXELS // (math.prod(dataset.image_shape) * len(classes)))
     chosen = {name: _evenly(indices, each) for name, indices in classes.items()}
     low, high = dataset.index["statistics"]["min"], dataset.index["statistics"]["max"]
-    edges = np.linspace(low, high if high > low else low + 1, 121)
+    edges = _spread(dataset, low, high if high > low else low + 1, 121)
+    edges[[0, -1]] = low, max(high, edges[-1])  # rounding must lose no pixel
     figure, (of_pixels, of_means) = panels(2, width=5.6, height=3.8)
     means = {}
     for name, indices in chosen.items():
@@ -190,6 +197,9 @@ def write_histogram(dataset: LensImages, path: Path) -> None:
         of_means.stairs(np.histogram(of_class, bins)[0] / len(of_class), bins, label=_short(name), lw=1.3)
     of_pixels.set(yscale="log", xlabel="pixel value, in the units of the data", ylabel="fraction of the pixels")
     of_means.set(xlabel="mean of an image", ylabel="fraction of the images", ylim=(0, None))
+    if dataset.transform.stretched:
+        of_pixels.set_xscale("function", functions=_stretch(dataset))
+        of_pixels.set_xticks(_ticks(dataset, low, high))
     for axes in (of_pixels, of_means):
         axes.grid(alpha=0.25, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -198,6 +208,38 @@ def write_histogram(dataset: LensImages, path: Path) -> None:
     part = f"all {len(every):,}" if len(every) == len(dataset) else f"{len(every):,} of {len(dataset):,}"
     figure.suptitle(_escape(f"{dataset.name}: {part} images"), fontsize=11, weight="bold", x=0.01, ha="left")
     _save(figure, path)
+
+
+def _stretch(dataset: LensImages) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
+    """From the data's units to how bright they are shown, and back: as the network sees them where that is not linear."""
+    transform = dataset.transform
+    if not transform.stretched:
+        return np.asarray, np.asarray
+
+    def forward(values: np.ndarray) -> np.ndarray:
+        return transform.unit(torch.from_numpy(np.array(values, np.float64))).numpy()
+
+    def inverse(values: np.ndarray) -> np.ndarray:
+        return transform.inverse(2 * torch.from_numpy(np.array(values, np.float64)) - 1).numpy()
+
+    return forward, inverse
+
+
+def _spread(dataset: LensImages, low: float, high: float, count: int) -> np.ndarray:
+    """`count` values of the data from low to high, evenly apart as they are shown."""
+    forward, inverse = _stretch(dataset)
+    first, last = forward(np.array([low, high])).tolist()
+    return inverse(np.linspace(first, last, count))
+
+
+def _ticks(dataset: LensImages, low: float, high: float) -> np.ndarray:
+    """Some round values of the data, evenly apart as they are shown."""
+    if not dataset.transform.stretched:
+        ticks = np.array(MaxNLocator(5).tick_values(low, high))
+    else:
+        ticks = _spread(dataset, low, high, 5)
+        ticks = np.array([float(f"{tick:.2g}") for tick in ticks])
+    return ticks[(ticks >= low) & (ticks <= high)]
 
 
 def _save(figure: Any, path: Path) -> None:

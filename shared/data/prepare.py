@@ -116,6 +116,11 @@ def prepare(
         write_contact_sheet(dataset, out / CONTACT_SHEET)
     print(table(dataset))
     print(f"{out} {'was already prepared' if known else f'written in {time.monotonic() - started:.0f} s'}")
+    if empty := [name for name in ("train", "validation", "test") if not len(dataset.split(name))]:
+        print(
+            f"hint: no image has fallen into {' or '.join(empty)}; training needs more images than these",
+            file=sys.stderr,
+        )
     if advice := hint(dataset.transform, dataset.index["statistics"]):
         print(f"hint: {advice}", file=sys.stderr)
     return dataset

@@ -22,6 +22,7 @@ from shared.data.formats import FORMATS, UNITS, Images, Member, Part, open_image
 from shared.errors import UserError
 
 NO_CLASS = "none"
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "eval")
 
 
 class Broken(NamedTuple):
@@ -273,10 +274,13 @@ def _opener(path: str) -> Callable[[], IO[bytes]]:
 def class_labels(names: Sequence[str]) -> tuple[list[str], list[int]]:
     """The classes, in natural order, and each file's index into them: its first folder, or "none" outside of any.
 
-    A lone folder that holds folders and nothing else, as archives often have, is seen through.
+    Seen through are a lone folder around everything, as archives often have, and folders named after splits (train, val,
+    test) that hold folders: a split is made by content here, whatever it was before.
     """
     parts = [name.split("/") for name in names]
-    while all(len(p) > 2 and p[0] == parts[0][0] for p in parts):
+    while all(len(p) > 1 and p[0] == parts[0][0] for p in parts) or all(
+        len(p) > 2 and p[0].casefold() in SPLITS for p in parts
+    ):
         parts = [p[1:] for p in parts]
     of_each = [p[0] if len(p) > 1 else NO_CLASS for p in parts]
     classes = sorted(set(of_each), key=natural_key)

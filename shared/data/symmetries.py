@@ -191,17 +191,19 @@ def main_symmetries(dataset: str | Path, n: int = SAMPLE, seed: int = 0) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    lines = [f"{'element':15}{'verdict':10}{'p':>8}{'p (Holm)':>10}{'visible from':>14}"]
+    lines = [f"{'element':15}{'verdict':10}{'p':>8}{'p (Holm)':>10}{'sees from':>14}"]
     lines += [
         f"{element:15}{row['verdict']:10}{row['p']:8.4f}{row['adjusted']:10.4f}{row['visible']:13.0%} "
         for element, row in report["tests"].items()
     ]
     lines.append(
         f"allowed: {', '.join(report['allowed'])}; n = {report['n']} distinct training images, {report['level']:.0%} for "
-        "one false alarm among all. Visible from: how often a rule must tell an image from its turned copy to be noticed."
+        "one false alarm among all. Sees from: a difference by which one could tell image from turned copy that often."
     )
     if any(row["verdict"] == "too few" for row in report["tests"].values()):
-        lines.append("too few images to tell those apart that are marked so: they stay out until there are more")
+        lines.append(
+            "too few images to tell those apart that are marked so: they stay out until there are more, some hundreds in all"
+        )
     return "\n".join(line.rstrip() for line in lines)
 
 

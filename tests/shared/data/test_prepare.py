@@ -83,9 +83,11 @@ def test_natural_order_and_classes():
     assert sorted(names, key=natural_key) == in_order
     assert class_labels(["a.npy", "b.npy"]) == (["none"], [0, 0])
     assert class_labels(["vort/a.npy", "no/x/b.npy", "no/c.npy"]) == (["no", "vort"], [1, 0, 0])
-    assert class_labels(["Samples/a.npy", "Samples/b.npy"]) == (["Samples"], [0, 0])
+    assert class_labels(["Samples/a.npy", "Samples/b.npy"]) == (["none"], [0, 0])  # one class of all says nothing
+    assert class_labels(["train/no/a.npy", "val/no/b.npy", "val/vort/c.npy"]) == (["no", "vort"], [0, 0, 1])
+    assert class_labels(["train/a.npy", "val/b.npy"]) == (["train", "val"], [0, 1])
     assert class_labels(["set/no/a.npy", "set/vort/b.npy"]) == (["no", "vort"], [0, 1])  # as archives are often packed
-    assert class_labels(["set/no/a.npy", "set/b.npy"]) == (["set"], [0, 0])
+    assert class_labels(["set/no/a.npy", "set/b.npy"]) == (["no", "none"], [0, 1])
 
 
 def test_shapes_and_types_are_reconciled_and_units_kept(tmp_path, capsys):
