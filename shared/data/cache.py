@@ -427,8 +427,10 @@ def _survey_images(
         squares += (part_mean - mean) ** 2 * pixels * part.size / total
         mean, pixels = mean + (part_mean - mean) * part.size / total, total
         if with_sky:
-            skies.append(np.stack(sky(part.reshape(-1, *shape))))
-    background, noise = np.median(np.concatenate(skies, 1), axis=1).tolist() if with_sky else (None, None)
+            images = part.reshape(-1, *shape)
+            bands = [images[:, k : k + 1] for k in range(shape[0])] if shape[0] > 1 else []
+            skies.append(np.stack([np.stack(sky(view)) for view in (images, *bands)]))  # (1 + bands, 2, N)
+    of_all, *of_bands = np.median(np.concatenate(skies, 2), axis=2).tolist() if with_sky else [(None, None)]
     return {
         "mean": mean,
         "std": math.sqrt(squares / pixels),
@@ -438,7 +440,7 @@ def _survey_images(
         "p99": float(np.quantile(sample, 0.99)),
         "median_is": "exact" if per_image == size else f"of {per_image} random pixels of each image",
         "constant_images": constant,
-        **({"background": background, "noise": noise} if with_sky else {}),
+        **({"background": of_all[0], "noise": of_all[1], "bands": of_bands or [of_all]} if with_sky else {}),
     }, hashes
 
 

@@ -262,6 +262,7 @@ def _picture(kind: str) -> Reader:
             with warnings.catch_warnings():  # of size, where `_layout` has its own limit, and of metadata
                 warnings.simplefilter("ignore")
                 picture = stack.enter_context(opened())
+                _check_numbers(picture)
                 pages, shape = getattr(picture, "n_frames", 1) if kind == "TIFF" else 1, _picture_shape(picture)
                 deep = _deep_colours(picture)
                 low = stack.enter_context(opened()) if deep else None
@@ -269,6 +270,14 @@ def _picture(kind: str) -> Reader:
             yield [Array("", (pages, *shape), np.dtype(dtype), rows)]
 
     return read
+
+
+def _check_numbers(picture: Any) -> None:
+    """Refuse the TIFFs whose numbers Pillow changes: signed bytes, unsigned 32 bit, white that is zero."""
+    tags = getattr(picture, "tag_v2", {})
+    bits, form = tags.get(258, (8,)), tags.get(339, (1,))  # BitsPerSample, SampleFormat
+    if (2 in form and 8 in bits) or (1 in form and 32 in bits) or tags.get(262) == 0:
+        raise ValueError("is a TIFF that cannot be read without loss: save it as .npy or .fits")
 
 
 def _picture_shape(picture: Any) -> tuple[int, int, int]:
@@ -445,13 +454,19 @@ def _choose(arrays: list[Array], key: str | None, file: str) -> list[Array]:
         ]
         if not found:
             raise ValueError(f"has no array {key!r}; it has {_listed(arrays)}")
-        return found[:1]
+        if len(found) > 1:
+            raise UserError(
+                f"{file} holds {len(found)} arrays named {key} ({_listed(found)}): choose one by its number"
+            )
+        return found
     if not fitting:
         if len(arrays) == 1:
             return arrays  # what is wrong with it is said by the checks that follow
         raise ValueError(f"holds no images; it has {_listed(arrays)}")
-    # A table of numbers beside the images has two axes, and is not meant while anything has more.
-    fitting = [array for array in fitting if len(array.shape) > 2] or fitting
+    # A table of numbers beside the images has two axes, and is not meant while anything has more; of all, only if it fits.
+    images = [array for array in fitting if len(array.shape) > 2]
+    alike = {array.shape[-2:] for array in images if key == EVERY}
+    fitting = [array for array in fitting if len(array.shape) > 2 or array.shape in alike] if images else fitting
     if len(fitting) > 1 and key != EVERY:
         raise UserError(
             f"{file} holds several arrays ({_listed(fitting)}): choose one with --key NAME, or all with '*'"

@@ -6,6 +6,7 @@ its images. --against asks how well a small network tells the images from those 
 """
 
 import argparse
+import errno
 import io
 import math
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--symmetries", action="store_true", help="test them on the training images")
     parser.add_argument("--against", type=Path, metavar="data/OTHER", help="tell the two apart, cross-validated")
     parser.add_argument("--count", type=_several, default=2000, help="images for either (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of either (default %(default)s)")
+    parser.add_argument("--seed", type=_whole, default=0, help="of either (default %(default)s)")
     options = parser.parse_args(argv)
     dataset, out = LensImages(options.data), options.out or options.data
     other = LensImages(options.against) if options.against else None
@@ -48,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_contact_sheet(dataset, out / CONTACT_SHEET)
         write_histogram(dataset, out / HISTOGRAM)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise UserError(f"cannot write to {out} ({error.strerror}): name another folder with --out") from error
     print(table(dataset))
     print(f"pictures: {out / CONTACT_SHEET}, {out / HISTOGRAM}")
@@ -63,6 +66,10 @@ def main(argv: list[str] | None = None) -> None:
 def _told_apart(a: LensImages, b: LensImages, count: int, seed: int) -> str:
     from shared.metrics.two_sample import classifier_two_sample
 
+    if (a.transform.scale is None, a.transform.per_image) != (b.transform.scale is None, b.transform.per_image):
+        raise UserError(f"{a.path} has {a.transform}, {b.path} has {b.transform}: prepare them alike to compare them")
+    if twins := len(set(a.index["hashes"]) & set(b.index["hashes"])):
+        raise UserError(f"{twins} images are in both {a.path} and {b.path}: compare sets that share none")
     found = classifier_two_sample(*(data.images[_evenly(np.arange(len(data)), count)] for data in (a, b)), seed=seed)
     (low, high), (least, most) = found.auc_interval, found.accuracy_interval
     return (
@@ -70,6 +77,12 @@ def _told_apart(a: LensImages, b: LensImages, count: int, seed: int) -> str:
         f"  right in {found.accuracy:.1%} (95 %: {least:.1%} to {most:.1%}; 50 % is chance), "
         f"AUC {found.auc:.3f} (95 %: {low:.3f} to {high:.3f}; 0.5 is chance)"
     )
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
 
 
 def _several(text: str) -> int:
@@ -197,9 +210,11 @@ def write_histogram(dataset: LensImages, path: Path) -> None:
         of_means.stairs(np.histogram(of_class, bins)[0] / len(of_class), bins, label=_short(name), lw=1.3)
     of_pixels.set(yscale="log", xlabel="pixel value, in the units of the data", ylabel="fraction of the pixels")
     of_means.set(xlabel="mean of an image", ylabel="fraction of the images", ylim=(0, None))
-    if dataset.transform.stretched:
+    if dataset.transform.scale is not None:
         of_pixels.set_xscale("function", functions=_stretch(dataset))
-        of_pixels.set_xticks(_ticks(dataset, low, high))
+        of_pixels.set_xlim(low, high)
+        ticks = _ticks(dataset, low, high)
+        of_pixels.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks], fontsize=8)
     for axes in (of_pixels, of_means):
         axes.grid(alpha=0.25, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -213,7 +228,7 @@ def write_histogram(dataset: LensImages, path: Path) -> None:
 def _stretch(dataset: LensImages) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
     """From the data's units to how bright they are shown, and back: as the network sees them where that is not linear."""
     transform = dataset.transform
-    if not transform.stretched:
+    if transform.scale is None:
         return np.asarray, np.asarray
 
     def forward(values: np.ndarray) -> np.ndarray:
@@ -234,7 +249,7 @@ def _spread(dataset: LensImages, low: float, high: float, count: int) -> np.ndar
 
 def _ticks(dataset: LensImages, low: float, high: float) -> np.ndarray:
     """Some round values of the data, evenly apart as they are shown."""
-    if not dataset.transform.stretched:
+    if dataset.transform.scale is None:
         ticks = np.array(MaxNLocator(5).tick_values(low, high))
     else:
         ticks = _spread(dataset, low, high, 5)

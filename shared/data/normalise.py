@@ -168,7 +168,7 @@ class Normalisation:
         low, high = float(image.min()), float(image.max())
         if self.name == "minmax" and low == high:
             raise ValueError(f"is constant ({low:g} in every pixel), which minmax cannot rescale")
-        if self.name == "fixed" and not self.numbers[0] <= low <= high <= self.numbers[1]:
+        if self.name == "fixed" and not np.float32(self.numbers[0]) <= low <= high <= np.float32(self.numbers[1]):
             raise ValueError(f"has values in [{low:g}, {high:g}], beyond {self}")
         return image
 
@@ -192,6 +192,17 @@ class Normalisation:
             raise UserError(f"{same}: such data cannot be learned; give them in other units or look at the files")
         if self.name != "asinh":
             return PixelTransform(low, high)
+        bands = np.array(
+            statistics.get("bands") or [[statistics["background"], statistics["noise"]]]
+        )  # (C, 2): level and noise of the sky of each channel
+        if not np.isfinite(bands).all():
+            raise UserError("asinh: images under 5 pixels have no sky to be measured: choose none, minmax or fixed")
+        (lowest, quietest), (highest, loudest) = bands.min(0), bands.max(0)
+        if highest - lowest > 3 * quietest or loudest > 2 * quietest:
+            raise UserError(
+                "asinh: the channels have skies of their own (levels "
+                f"{', '.join(f'{level:.4g}' for level, _ in bands)}): bring them to one level and noise first"
+            )
         scale, pivot = self.numbers[0] if self.numbers else statistics["noise"], statistics["background"]
         if not scale > (high - low) * 1e-9:
             raise UserError(

@@ -78,8 +78,10 @@ class _Dtype:
     __slots__ = ("dtype",)
 
     def __init__(self, code: Any, align: Any = False, copy: Any = False):
-        if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?([fiu][1248]|O8?)", code):
-            raise _Refused(f"numbers of type {code!r}"[:80])
+        if not isinstance(code, str):  # and not shown: the repr of nested tuples may be of any size
+            raise _Refused("numbers of a type without a name")
+        if not re.fullmatch(r"[<>|=]?([fiu][1248]|O8?)", code):
+            raise _Refused(f"numbers of type {code[:40]!r}")
         self.dtype = np.dtype(code.replace("O8", "O"))
 
     def __setstate__(self, state: tuple) -> None:

@@ -112,8 +112,9 @@ def prepare(
             names = [images.name(i) for i in range(len(images))]
             writer.finish(classes=classes, labels=index, files=names, parameters=images.parameters() or None)
     dataset = LensImages(out)
-    if not (out / CONTACT_SHEET).exists():
-        write_contact_sheet(dataset, out / CONTACT_SHEET)
+    with suppress(PermissionError):  # of a data set that others share
+        if not (out / CONTACT_SHEET).exists():
+            write_contact_sheet(dataset, out / CONTACT_SHEET)
     print(table(dataset))
     print(f"{out} {'was already prepared' if known else f'written in {time.monotonic() - started:.0f} s'}")
     if empty := [name for name in ("train", "validation", "test") if not len(dataset.split(name))]:

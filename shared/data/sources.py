@@ -123,6 +123,7 @@ class Source:
             image = self._read(*self._place(i))
             if image.shape != self.shape:
                 raise ValueError("changed while it was read")
+            stored = image
             with np.errstate(over="ignore"):
                 image = image.astype(np.float32)
         except zipfile.BadZipFile as error:
@@ -133,6 +134,10 @@ class Source:
             wrong = np.count_nonzero(~np.isfinite(image))
             raise BrokenImage(NOT_FINITE, f"has {wrong} pixels that are NaN or infinite in float32")
         if image.min() == image.max():
+            if stored.min() != stored.max():
+                raise BrokenImage(
+                    CONSTANT, f"has a contrast that float32 cannot hold beside {image.flat[0]:g}: subtract that"
+                )
             raise BrokenImage(CONSTANT, f"is constant, {image.flat[0]:g} in every pixel")
         return image
 
@@ -278,11 +283,14 @@ def class_labels(names: Sequence[str]) -> tuple[list[str], list[int]]:
     test) that hold folders: a split is made by content here, whatever it was before.
     """
     parts = [name.split("/") for name in names]
-    while all(len(p) > 1 and p[0] == parts[0][0] for p in parts) or all(
+    while all(len(p) > 2 and p[0] == parts[0][0] for p in parts) or all(
         len(p) > 2 and p[0].casefold() in SPLITS for p in parts
     ):
         parts = [p[1:] for p in parts]
-    of_each = [p[0] if len(p) > 1 else NO_CLASS for p in parts]
+    # A name that is no text, as old archives have, must be printable.
+    of_each = [
+        p[0].encode(errors="surrogateescape").decode(errors="replace") if len(p) > 1 else NO_CLASS for p in parts
+    ]
     classes = sorted(set(of_each), key=natural_key)
     place = {name: i for i, name in enumerate(classes)}
     return classes, [place[name] for name in of_each]

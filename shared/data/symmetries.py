@@ -122,6 +122,8 @@ def symmetries(dataset: LensImages | str | Path, n: int = SAMPLE, seed: int = 0)
     if not len(chosen):
         raise UserError(f"{images.path} has no training images to test: prepare more")
     whole = group(*images.image_shape[1:])
+    if min(images.image_shape[1:]) < 2:
+        raise UserError(f"{images.path} has images of one row or column: they have no symmetries to test")
     return {
         "format": FORMAT,
         "data": images.fingerprint,

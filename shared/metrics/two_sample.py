@@ -77,6 +77,8 @@ def classifier_two_sample(
     Raises UserError for sets that do not fit together or have fewer than two images a fold.
     """
     samples = [distinct(torch.cat(list(batches(images, 256)))) for images in (a, b)]
+    if min(samples[0].shape[-2:]) < 2:
+        raise UserError("images of one row or column cannot be told apart")
     if samples[0].shape[1:] != samples[1].shape[1:]:
         raise UserError(f"images of {tuple(samples[0].shape[1:])} and {tuple(samples[1].shape[1:])} cannot be compared")
     if min(map(len, samples)) < 2 * folds:

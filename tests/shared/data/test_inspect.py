@@ -141,5 +141,8 @@ def test_symmetries_and_another_data_set_are_asked_for_here(tmp_path: Path, caps
     assert louder is not None
     assert float(louder[1]) > 0.9
     with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "a"), "--against", str(tmp_path / "a")])
+    assert "share none" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path / "a"), "--against", str(tmp_path / "nowhere")])
     assert "nowhere" in capsys.readouterr().err.splitlines()[-1]

@@ -83,11 +83,11 @@ def test_natural_order_and_classes():
     assert sorted(names, key=natural_key) == in_order
     assert class_labels(["a.npy", "b.npy"]) == (["none"], [0, 0])
     assert class_labels(["vort/a.npy", "no/x/b.npy", "no/c.npy"]) == (["no", "vort"], [1, 0, 0])
-    assert class_labels(["Samples/a.npy", "Samples/b.npy"]) == (["none"], [0, 0])  # one class of all says nothing
+    assert class_labels(["Samples/a.npy", "Samples/b.npy"]) == (["Samples"], [0, 0])
     assert class_labels(["train/no/a.npy", "val/no/b.npy", "val/vort/c.npy"]) == (["no", "vort"], [0, 0, 1])
     assert class_labels(["train/a.npy", "val/b.npy"]) == (["train", "val"], [0, 1])
     assert class_labels(["set/no/a.npy", "set/vort/b.npy"]) == (["no", "vort"], [0, 1])  # as archives are often packed
-    assert class_labels(["set/no/a.npy", "set/b.npy"]) == (["no", "none"], [0, 1])
+    assert class_labels(["set/no/a.npy", "set/b.npy"]) == (["set"], [0, 0])
 
 
 def test_shapes_and_types_are_reconciled_and_units_kept(tmp_path, capsys):
@@ -449,3 +449,35 @@ def test_the_command_line(tmp_path, capsys):
         main(["prepare", "--help"])
     assert stopped.value.code == 0
     assert "(N, H, W) if it is in the only file of SOURCE" in capsys.readouterr().out
+
+
+def test_what_a_strict_reader_tried(tmp_path: Path) -> None:
+    from astropy.io import fits
+    from PIL import Image
+
+    images = random_images(6, 3)
+    # Memoised tuples of tuples: whose repr doubles with each of 40 levels.
+    bomb = b"\x80\x02cnumpy\ndtype\n" + b"U\x01aq\x00" + b"".join(b"h%ch%c\x86q%c" % (k, k, k + 1) for k in range(40))
+    header = b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (2,), }"
+    (tmp_path / "bomb.npy").write_bytes(header.ljust(127) + b"\n" + bomb + b"\x85R.")
+    with pytest.raises(UserError, match=r"bomb\.npy"):
+        prepare(tmp_path / "bomb.npy", tmp_path / "bomb")
+    np.save(tmp_path / "tenth.npy", images * np.float32(0.1) / images.max())
+    assert prepare(tmp_path / "tenth.npy", tmp_path / "tenth", normalise="fixed:0,0.1").value_range == (0, 0.1)
+    bands = np.random.default_rng(0).normal([[[[100]], [[1000]]]], 3, (8, 2, 30, 30))
+    np.save(tmp_path / "bands.npy", bands)
+    with pytest.raises(UserError, match="skies of their own"):
+        prepare(tmp_path / "bands.npy", tmp_path / "bands", normalise="asinh:auto")
+    prepare(tmp_path / "bands.npy", tmp_path / "bands")
+    np.save(tmp_path / "offset.npy", 1e8 + np.random.default_rng(0).normal(0, 0.1, (4, 9, 9)))
+    with pytest.raises(UserError, match="contrast that float32 cannot hold"):
+        prepare(tmp_path / "offset.npy", tmp_path / "offset")
+    Image.fromarray(np.arange(36, dtype=np.uint8).reshape(6, 6)).save(tmp_path / "white.tiff", tiffinfo={262: 0})
+    with pytest.raises(UserError, match="without loss"):
+        prepare(tmp_path / "white.tiff", tmp_path / "white")
+    science = [fits.ImageHDU(images[k, 0], name="SCI", ver=k + 1) for k in range(3)]
+    fits.HDUList([fits.PrimaryHDU(), *science]).writeto(tmp_path / "sci.fits")
+    with pytest.raises(UserError, match="3 arrays named SCI"):
+        prepare(tmp_path / "sci.fits", tmp_path / "sci", key="SCI")
+    fits.HDUList([fits.PrimaryHDU(images[0, 0]), fits.ImageHDU(images[1:, 0])]).writeto(tmp_path / "mix.fits")
+    assert len(prepare(tmp_path / "mix.fits", tmp_path / "mix", key="*")) == 6
