@@ -393,11 +393,9 @@ def _problems(preset: Preset, priors: dict[str, Prior]) -> list[str]:
         conditions["0 < z_l < z_s"] = priors["z_l"].low > 0 and priors["z_l"].high < priors["z_s"].low
     conditions |= {f"0 < {q} <= 1": priors[q].low > 0 and priors[q].high <= 1 for q in AXIS_RATIOS if q in priors}
     conditions |= {f"{name} > 0": priors[name].low > 0 for name in POSITIVE if name in priors}
-    half = preset.pixels * preset.pixel_scale / 2
-    if "theta_E" in priors:
-        conditions[f"theta_E within the image, mostly below {half:g} arcsec"] = (
-            float(priors["theta_E"](np.array(0.5))) < half
-        )
+    if "theta_E" in priors:  # in other units than arcsec, or no lens of this image
+        limit = 2 * preset.pixels * preset.pixel_scale
+        conditions[f"theta_E below {limit:g} arcsec, twice the image"] = float(priors["theta_E"](np.array(0.5))) < limit
     if "gamma" in priors:
         conditions["0 <= gamma < 1"] = priors["gamma"].low >= 0 and priors["gamma"].high < 1
     # Below 0.164 the profile would rise outwards: k of shared/simulate/lens.py is negative there.

@@ -392,6 +392,7 @@ def test_wide_knows_no_direction() -> None:
     [
         ("n_s", "0.1", "n_s >= 0.2"),
         ("gamma", "5", "0 <= gamma < 1"),
+        ("theta_E", "uniform(800, 2000)", "theta_E below 15 arcsec"),  # milliarcseconds
         ("m_p", "power_law(50, 1e6, 1e10)", "too steep"),
         ("m_p", "power_law(-59, 1e6, 1e10)", "too steep"),
     ],
