@@ -29,8 +29,11 @@ SOFTENING = 1e-24  # arcsec^2: only keeps a point that falls on a point mass fro
 
 def surface_brightness(p: Parameters, x: Tensor, y: Tensor) -> Tensor:
     """Surface brightness at the points (x, y) [arcsec] of the image plane, in the units of I_s and I_light."""
-    alpha_x, alpha_y = deflection(p, x, y)
-    light = sersic(p, "s", p["x_s"], p["y_s"], x - alpha_x, y - alpha_y)
+    beta_x, beta_y = x, y
+    # One by one, not their sum: the last bit decides whether a photon falls, and data sets are to stay what they were.
+    for alpha_x, alpha_y in _deflections(p, x, y):
+        beta_x, beta_y = beta_x - alpha_x, beta_y - alpha_y
+    light = sersic(p, "s", p["x_s"], p["y_s"], beta_x, beta_y)
     if "I_light" in p:
         light = light + sersic(p, "light", 0.0, 0.0, x, y)
     return light
@@ -38,6 +41,11 @@ def surface_brightness(p: Parameters, x: Tensor, y: Tensor) -> Tensor:
 
 def deflection(p: Parameters, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Reduced deflection [arcsec] at the points (x, y) [arcsec] of the image plane."""
+    parts = _deflections(p, x, y)
+    return sum(part[0] for part in parts), sum(part[1] for part in parts)
+
+
+def _deflections(p: Parameters, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     # The softening only keeps a point that falls on the centre from being 0 / 0.
     if "q_l" in p:
         alpha = func.reduced_deflection_angle_sie(
@@ -54,7 +62,7 @@ def deflection(p: Parameters, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         parts.append(point_masses(p["x_p"], p["y_p"], p["theta_p"], x, y))
     if "theta_v" in p:
         parts.append(mass_line(p["x_v"], p["y_v"], p["theta_v"], p["half_length_v"], p["angle_v"] * (pi / 180), x, y))
-    return sum(part[0] for part in parts), sum(part[1] for part in parts)
+    return parts
 
 
 def point_masses(x0: Tensor, y0: Tensor, theta_E: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ def _first_version(seed: int, i: int) -> tuple[Tensor, Tensor, Tensor]:
     angle = gamma_angle * (np.pi / 90)
     shear = func.reduced_deflection_angle_external_shear(0.0, 0.0, gamma * angle.cos(), gamma * angle.sin(), x, y)
     light = func.brightness_sersic(
-        *(x_s, y_s, q, PA * (np.pi / 180), n, R / q.sqrt(), I, x - (sphere[0] + shear[0]), y - (sphere[1] + shear[1])),
+        *(x_s, y_s, q, PA * (np.pi / 180), n, R / q.sqrt(), I, x - sphere[0] - shear[0], y - sphere[1] - shear[1]),
         func.k_lenstronomy(n),
     )
     clean = conv2d(conv2d(avg_pool2d(light[None, None], 2), kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))[0]
@@ -64,7 +64,7 @@ def _first_version(seed: int, i: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_deeplense_has_the_images_it_always_had() -> None:
     """Bit for bit: there are published numbers of seed 0."""
-    indices = [0, 1, 2, 17, 5999, 123456]
+    indices = [0, 1, 2, 17, 38, 61, 87, 5999, 123456]  # 38, 61 and 87 have a photon more or less by another sum
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
