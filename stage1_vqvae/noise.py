@@ -5,13 +5,17 @@ drawn after it. A photon-counting detector behind a linear scale has
 
     variance(s) = a + b s,       s = clean - background, not below 0,
 
-and a third central moment of `skew` times the variance (for pure Poisson noise skew = b, for Gaussian noise 0).
+which is the law `affine`, with normal noise. The law `image` adds what real images have beside it, as far as they show
+it: a background of their own, on which a depends (exposures differ); noise that is not normal (few photons, cut at 0);
+whole counts; a scale of their own (each image from 0 to 1). A decoder may also say by how much the law is wrong.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import nnls
 from torch import Tensor, nn
 
 # The fourth difference in both directions. Scaled to pass white noise with unit variance, it cancels every surface that
@@ -19,72 +23,212 @@ from torch import Tensor, nn
 _FOURTH = torch.tensor([1.0, -4.0, 6.0, -4.0, 1.0])
 HIGH_PASS = (_FOURTH[:, None] * _FOURTH[None, :] / _FOURTH.square().sum())[None, None]
 
+NORMAL = torch.linspace(-5, 5, 41)  # where the table holds its quantiles: a normal variable's values
+SIGNALS = 16  # rows of the table, from dark to bright
+FEW = 1000  # pixels do not tell a shape
+LEVEL_SHARE = 0.1  # of an image is taken to be background
+WHOLE = 0.02  # of a count: how far a whole one may be off
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class NoiseLaw(nn.Module):
-    """a, b, background, skew: scalars in the data's own units (variance in their square); all 0 means no noise."""
+    """What is added to clean images; fresh, nothing. Buffers, in the data's own units:
 
-    a: Tensor
+    dark, low    variance of the background: dark · (1, x, x²) of an image whose `level` lies x above low
+    b            what a unit of signal above the background adds to the variance
+    background   the median level, and `a` the variance there
+    table        (SIGNALS, 41) quantiles of noise / sd at the values NORMAL of a normal variable, for as many signal-to-noise
+    signal       ratios (clean - low) / sd, whose roots run evenly between these (2,)
+    step         images hold multiples of it (of one count); 0: any value
+    scale        (2,) least and greatest value of every image, where each was scaled to them; nan: none was
+    """
+
+    dark: Tensor
+    low: Tensor
     b: Tensor
     background: Tensor
-    skew: Tensor
+    table: Tensor
+    signal: Tensor
+    step: Tensor
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("a", "b", "background", "skew"):
+        for name in ("low", "b", "background", "step"):
             self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("dark", torch.zeros(3))
+        self.register_buffer("signal", torch.tensor([0.0, 1.0]))
+        self.register_buffer("table", NORMAL.expand(SIGNALS, -1).clone())
+        self.register_buffer("scale", torch.full((2,), torch.nan))
 
-    def variance(self, clean: Tensor) -> Tensor:
-        """clean, any shape -> variance of a pixel's noise, the same shape."""
-        return self.a + self.b * (clean - self.background).clamp_min(0)
+    @property
+    def a(self) -> Tensor:
+        """Variance of the background of the median image."""
+        return self._dark(self.background)
 
-    def forward(self, clean: Tensor, generator: Generators = None) -> Tensor:
-        """clean (N, C, H, W) -> clean + noise. A sequence of generators holds one for each image."""
+    def level(self, images: Tensor) -> Tensor:
+        """The background of each image (N, C, H, W) -> (N, C, 1, 1): low among its means over some 5 × 5 pixels."""
+        side = max(1, min(images.shape[-2:]) // 30)
+        means = F.avg_pool2d(images, side).flatten(2)
+        return means.kthvalue(1 + int(LEVEL_SHARE * (means.shape[-1] - 1)), dim=2).values[..., None, None]
+
+    def variance(self, clean: Tensor, level: Tensor | None = None) -> Tensor:
+        """clean (N, C, H, W) -> variance of the noise of a pixel, the same shape.
+
+        level   of the background; None: that of the clean images themselves
+        """
+        level = self.level(clean) if level is None else level
+        return self._dark(level) + self.b * (clean - level).clamp_min(0)
+
+    def forward(self, clean: Tensor, generator: Generators = None, log_ratio: Tensor | None = None) -> Tensor:
+        """clean (N, C, H, W) -> images with noise. A sequence of generators holds one for each image.
+
+        log_ratio   of the true variance to the law's, where a decoder has said it, (N, C, H, W)
+        """
         z = standard_normal(clean, generator)
-        # Cornish–Fisher to first order: z + g/6 (z² - 1) has skewness g. With g = skew/sd the second term loses its sd;
-        # its own variance, skew²/18, is taken out of the first.
-        sd = (self.variance(clean) - self.skew.square() / 18).clamp_min(0).sqrt()
-        return clean + sd * z + self.skew / 6 * (z.square() - 1)
+        sd = self.variance(clean).sqrt()
+        if log_ratio is not None:
+            sd = sd * (0.5 * log_ratio).exp()
+        images = clean + sd * self._shaped(z, (clean - self.low) / sd.clamp_min(torch.finfo(sd.dtype).tiny))
+        if self.step > 0:
+            images = ((images - self.low) / self.step).round().clamp_min(0) * self.step + self.low
+        if bool(self.scale.isfinite().all()):
+            least, greatest = images.amin((-2, -1), keepdim=True), images.amax((-2, -1), keepdim=True)
+            share = (images - least) / torch.where(greatest > least, greatest - least, 1.0)
+            images = self.scale[0] + (self.scale[1] - self.scale[0]) * share
+        return images
+
+    def _dark(self, level: Tensor) -> Tensor:
+        x = (level - self.low).clamp_min(0)
+        return self.dark[0] + x * (self.dark[1] + x * self.dark[2])
+
+    def _shaped(self, z: Tensor, ratio: Tensor) -> Tensor:
+        """Normal z -> noise of variance 1 at a signal-to-noise ratio, by the table; beyond its ends, as at its ends."""
+        row = (ratio.clamp_min(0).sqrt() - self.signal[0]) / (self.signal[1] - self.signal[0])
+        places = torch.stack([z / NORMAL[-1], 2 * row - 1], -1).reshape(1, 1, -1, 2)
+        return F.grid_sample(self.table[None, None], places, padding_mode="border", align_corners=True).view_as(z)
+
+    # --- fitting ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit(self, images: Tensor, clean: Tensor) -> dict[str, list[float]]:
+    def fit(
+        self, images: Tensor, clean: Tensor, law: str = "affine", log_ratio: Tensor | None = None
+    ) -> dict[str, list[float]]:
         """Fit the law to images and their clean decodings, both (N, C, H, W); return the variance–signal curve.
 
-        The law is fitted to the high-passed residual, which is free of the decoder's own smooth error; the curve also
+        law         affine or image
+        log_ratio   what a decoder says of the variance, (N, C, H, W): the law is then what it was, and its shape is fitted
+
+        The variance is that of the high-passed residual, which is free of the decoder's own smooth error; the curve also
         holds the variance of the plain residual, and what it has over the law is that error.
         """
-        frame = max(2, min(clean.shape[-2:]) // 15)
-        border = torch.ones(clean.shape[-2:], dtype=torch.bool, device=clean.device)
-        border[frame:-frame, frame:-frame] = False
-        self.background.copy_(clean[..., border].median())
-
+        level = self.level(clean)
         residual = images - clean
         # The filter mixes the variances of 25 pixels with the squares of its weights: so must the signal beside it.
-        signal = _filter(clean, HIGH_PASS.square()).flatten() - self.background
-        noise = _filter(residual, HIGH_PASS).square().flatten()
-        inner = residual[..., 2:-2, 2:-2].square().flatten()
-
-        edges = torch.cat([torch.quantile(_thin(signal), torch.linspace(0, 0.8, 9, device=signal.device)),
-                           torch.linspace(0, 1, 25, device=signal.device)[1:] * signal.max()]).unique()  # fmt: skip
-        bins = torch.bucketize(signal, edges[1:-1])
+        signal = (_filter(clean, HIGH_PASS.square()) - level).clamp_min(0)
+        noise = _filter(residual, HIGH_PASS).square()
+        if log_ratio is None:
+            self.background.copy_(level.median())
+            self.low.copy_(images.min())
+            self._fit_variance(signal, noise, level, of_each=law == "image")
+        if law == "image":
+            self._fit_counts(images)
+            self._fit_shape(residual, clean, log_ratio)
+        said = 1.0 if log_ratio is None else _filter(log_ratio.exp(), HIGH_PASS.square())
+        drawn = (self._dark(level) + self.b * signal) * said
+        edges = _edges(signal)
+        bins = torch.bucketize(signal, edges[1:-1]).flatten()
         count = torch.bincount(bins, minlength=len(edges) - 1).double()
         keep = count >= min(200, float(count.max()))  # of a few small images the fullest bin must do
+        plain = residual[..., 2:-2, 2:-2].square()
+        columns = {"signal": signal, "variance": noise, "residual_variance": plain, "law": drawn}
+        curve = {name: (torch.bincount(bins, v.flatten().double(), len(count)) / count.clamp_min(1))[keep]
+                 for name, v in columns.items()}  # fmt: skip
+        return {name: values.tolist() for name, values in {**curve, "pixels": count[keep]}.items()}
+
+    def _fit_variance(self, signal: Tensor, noise: Tensor, level: Tensor, of_each: bool) -> None:
+        """dark and b from the squares of the high-passed residual, alternately, each pixel weighed by its variance."""
+        # Least is relative: units may be counts or janskys.
+        least = (1e-9 * noise.mean()).clamp_min(1e-60)
+        x = (level - self.low).clamp_min(0)
+        faint = signal <= signal.flatten(2).quantile(0.5, dim=2)[..., None, None]
+        share = faint.double().mean((2, 3)).clamp_min(1e-12)
 
         def mean(values: Tensor) -> Tensor:
-            return (torch.bincount(bins, values.double(), len(edges) - 1) / count.clamp_min(1))[keep]
+            return (values.double() * faint).mean((2, 3)) / share
 
-        s, v, total = mean(signal.clamp_min(0)), mean(noise), mean(inner)
-        a, b = _affine(s, v, count[keep])
-        self.a.copy_(a)
+        own, above = mean(noise).flatten(), mean(signal).flatten()  # of each image's darker half
+        a, b = _affine(*_binned(signal, noise, _edges(signal)))
+        powers = torch.stack([x.flatten().double() ** k for k in range(3)], 1)
+        if not of_each or len(own) < 8:
+            self.dark.copy_(torch.stack([a, 0 * a, 0 * a]))
+        else:
+            for _ in range(4):
+                fitted = own.clamp_min(float(least))
+                matrix, target = (
+                    (powers / fitted[:, None]).numpy(force=True),
+                    ((own - b * above) / fitted).numpy(force=True),
+                )
+                lengths = np.maximum(np.abs(matrix).max(0), 1e-300)
+                coefficients = torch.from_numpy(nnls(matrix / lengths, target)[0] / lengths).to(own)
+                self.dark.copy_(coefficients)
+                dark = self._dark(level).expand_as(signal)
+                weight = 1 / (dark + b * signal).clamp_min(least).double().square()
+                slope = (weight * signal * (noise - dark)).sum() / (weight * signal.square()).sum().clamp_min(1e-60)
+                b = slope.clamp_min(0).to(b)
         self.b.copy_(b)
+        self.dark[0].add_(least * (self.dark.sum() == 0))  # a law without noise would weigh pixels infinitely
 
-        dark = (clean - self.background) < 2 * self.a.sqrt()
-        r = residual[dark].double()
-        r = r - r.mean()
-        self.skew.copy_((r.pow(3).mean() / r.square().mean().clamp_min(1e-60)).clamp(0, float(3 * self.a.sqrt())))
-        curve = {"signal": s, "variance": v, "residual_variance": total, "law": a + b * s, "pixels": count[keep]}
-        return {key: value.tolist() for key, value in curve.items()}
+    def _fit_counts(self, images: Tensor) -> None:
+        """Whether images hold whole counts, and whether each was scaled to the same least and greatest value."""
+        least, greatest = images.amin((1, 2, 3)), images.amax((1, 2, 3))
+        if bool((least == least[0]).all() and (greatest == greatest[0]).all()):
+            self.scale.copy_(torch.stack([least[0], greatest[0]]))
+        else:
+            self.scale.fill_(torch.nan)
+        steps = torch.tensor([_count(image) for image in images[:256]])
+        self.step.copy_(steps.mean() if bool((steps > 0).all()) else torch.zeros(()))
+
+    def _fit_shape(self, residual: Tensor, clean: Tensor, log_ratio: Tensor | None) -> None:
+        """The table: what the residual's distribution is like, at mean 0 and the variance of its high-passed part."""
+        law = self.variance(clean) * (1.0 if log_ratio is None else log_ratio.exp())
+        sd = law.sqrt().clamp_min(torch.finfo(law.dtype).tiny)
+        passed = _filter(residual, HIGH_PASS).square() / _filter(law, HIGH_PASS.square()).clamp_min(1e-30)
+        ratio, noise = (clean - self.low) / sd, residual / sd
+        inner = ratio[..., 2:-2, 2:-2].flatten()
+        ratio, noise, passed = ratio.flatten(), noise.flatten(), passed.flatten()
+        roots, within = ratio.clamp_min(0).sqrt(), inner.clamp_min(0).sqrt()
+        first, last = torch.quantile(_thin(roots), torch.tensor([0.02, 0.999], device=roots.device))
+        if not bool(last > first):
+            return
+        self.signal.copy_(torch.stack([first, last]))
+        rows, inside = (
+            ((SIGNALS - 1) * (r - first) / (last - first)).round().clamp(0, SIGNALS - 1).long() for r in (roots, within)
+        )
+        chance = torch.special.ndtr(NORMAL.double()).to(noise)
+        weight = torch.exp(-0.5 * NORMAL.to(noise).square())
+        weight = weight / weight.sum()
+        found: dict[int, Tensor] = {}
+        for k in range(SIGNALS):
+            members, squares = _thin(noise[rows == k], 8_000_000), passed[inside == k]
+            if min(len(members), len(squares)) < FEW:
+                continue
+            quantiles = torch.quantile(members, chance)
+            # Of a normal variable through the table, by the trapezoidal rule.
+            mean = (weight * quantiles).sum()
+            variance = (weight * (quantiles - mean).square()).sum()
+            found[k] = (quantiles - mean) * (squares.mean() / variance).sqrt()
+        for k in range(SIGNALS if found else 0):  # a row without pixels is as the nearest that has some
+            self.table[k] = found[min(found, key=lambda other: abs(other - k))]
+
+
+def likelihood(residual: Tensor, variance: Tensor, log_ratio: Tensor, beta: float = 0.5) -> Tensor:
+    """Negative log-likelihood of residuals whose variance is the law's times exp(log_ratio), each weighed by that to the
+    power beta (Seitzer et al. 2022, arXiv 2203.09168): at beta = 0 pixels that are badly fitted could buy themselves off
+    with a large variance. Less a constant."""
+    wrong = residual.square() / variance.clamp_min(1e-12) * (-log_ratio).exp()
+    return (0.5 * (wrong + log_ratio) * (beta * log_ratio.detach()).exp()).mean()
 
 
 def estimate_law(images: Tensor) -> NoiseLaw:
@@ -109,10 +253,38 @@ def standard_normal(like: Tensor, generator: Generators) -> Tensor:
     return torch.stack([torch.randn(like.shape[1:], generator=g, device=g.device) for g in generator]).to(like)
 
 
+def _count(image: Tensor) -> float:
+    """The step between an image's values where they are whole multiples of one above its least, else 0."""
+    values = image.unique().double()
+    if len(values) < 3 or len(values) > image.numel() / 2:
+        return 0.0
+    gaps = values.diff()
+    gap = gaps[gaps > 0.5 * gaps.max() / image.numel()].min()  # float32 may tell equal counts apart
+    for _ in range(3):  # sharper by all values than by two
+        counts = ((values - values[0]) / gap).round()
+        gap = (values[-1] - values[0]) / counts[-1]
+    return float(gap) if float(((values - values[0]) / gap - counts).abs().max()) < WHOLE else 0.0
+
+
 def _filter(images: Tensor, kernel: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C, H - 4, W - 4), each channel convolved with a 5×5 kernel where it fits."""
     n, c, h, w = images.shape
     return F.conv2d(images.reshape(n * c, 1, h, w), kernel.to(images)).reshape(n, c, h - 4, w - 4)
+
+
+def _edges(signal: Tensor) -> Tensor:
+    """Bins of signal: some by the number of pixels, where most are dark, and some by brightness."""
+    shares = torch.quantile(_thin(signal.flatten()), torch.linspace(0, 0.8, 9, device=signal.device))
+    return torch.cat([shares, torch.linspace(0, 1, 25, device=signal.device)[1:] * signal.max()]).unique()
+
+
+def _binned(signal: Tensor, noise: Tensor, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of signal and noise in each bin that is full enough, and its number of pixels."""
+    bins = torch.bucketize(signal, edges[1:-1]).flatten()
+    count = torch.bincount(bins, minlength=max(1, len(edges) - 1)).double()
+    keep = count >= min(200, float(count.max()))  # of a few small images the fullest bin must do
+    s, v = (torch.bincount(bins, x.flatten().double(), len(count)) / count.clamp_min(1) for x in (signal, noise))
+    return s[keep], v[keep], count[keep]
 
 
 def _thin(values: Tensor, limit: int = 1_000_000) -> Tensor:

@@ -41,8 +41,10 @@ def surface_brightness(p: Parameters, x: Tensor, y: Tensor) -> Tensor:
 
 def deflection(p: Parameters, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Reduced deflection [arcsec] at the points (x, y) [arcsec] of the image plane."""
-    parts = _deflections(p, x, y)
-    return sum(part[0] for part in parts), sum(part[1] for part in parts)
+    (alpha_x, alpha_y), *others = _deflections(p, x, y)
+    for more_x, more_y in others:
+        alpha_x, alpha_y = alpha_x + more_x, alpha_y + more_y
+    return alpha_x, alpha_y
 
 
 def _deflections(p: Parameters, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:

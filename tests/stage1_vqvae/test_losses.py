@@ -8,7 +8,7 @@ from stage1_vqvae.noise import NoiseLaw
 
 def law(a: float = 1e-4, b: float = 0.0) -> NoiseLaw:
     law = NoiseLaw()
-    law.a.fill_(a)
+    law.dark[0] = a
     law.b.fill_(b)
     return law
 

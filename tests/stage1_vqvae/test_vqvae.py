@@ -88,7 +88,7 @@ def test_observed_images_differ_from_clean_ones_by_the_law_and_stay_in_range() -
     model = small((1, 150, 150))
     images = torch.rand(4, 1, 150, 150) * 0.3 + 0.3
     model.fit_latents([images])
-    model.noise.a.fill_(1e-4)
+    model.noise.dark[0] = 1e-4
     latents = model.encode(images)
     seeds = [torch.Generator().manual_seed(s) for s in range(4)]
     clean, observed = model.decode(latents, observed=False), model.decode(latents, generator=seeds)
