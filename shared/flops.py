@@ -20,6 +20,8 @@ def count(call: Callable[..., Any], *inputs: Any) -> float:
 
 def flops(model: Autoencoder) -> dict[str, float]:
     """GFLOP an image to `encode` and to `decode`, the search for its codes included where that belongs to one."""
-    model = deepcopy(model).cpu().eval()  # a codebook that no image has met yet would start with this one
+    model = deepcopy(model).cpu().eval()
     images, raw = (torch.zeros(1, *shape) for shape in (model.image_shape, model.latent_shape))
+    with torch.no_grad():
+        model.from_raw(model.to_raw(images))  # what is done once, such as finding first codes, is not counted
     return {"encode": count(model.to_raw, images), "decode": count(model.from_raw, raw)}

@@ -264,14 +264,14 @@ class FiniteScalarPerturbation(Grid):
     ) -> None:
         super().__init__(channels, levels)
         self.fsp = FSP(
-            levels, dim=channels, channel_first=True, act_name="normal", quantize_rate=quantize_rate, vector_norm="var"
+            levels, dim=channels, channel_first=True, act_name="normal", quantize_rate=quantize_rate, vector_norm="none"
         )
 
     def quantize(self, features: Tensor) -> Quantized:
-        quantized, _, loss, info = self.fsp(features)
-        tokens = features[:, 0].numel()
-        # Of a single token there is no variance to draw towards 1.
-        loss = loss if self.training and tokens > 1 else features.new_zeros(())
+        quantized, _, _, info = self.fsp(features)
+        # The paper's weights. Not the library's loss, whose higher moments are nan of a channel that is constant.
+        variance, mean = torch.var_mean(self.fsp.project_in(features.movedim(1, -1)), (0, 1, 2), correction=0)
+        loss = (0.1 * mean.square() + 0.07 * (variance - 1).square()).mean()
         return quantized, self.number(info["level_indices"]), loss
 
     @in_float32
@@ -348,7 +348,8 @@ class CodeUsage:
         """codes_used (a share), perplexity and dead_codes (a count).
 
         Of several heads: the mean share and perplexity, the sum of the dead codes, and the `_worst` head of each.
-        Of a grid also levels_used: few images can visit a small part alone of a million codes, but all of the levels.
+        Of a grid also levels_used, by at least one cell in a thousand: images can meet but few of a million codes, yet
+        all of the levels, and features too large for their tanh meet a level between the ends now and then.
         """
         counts = [_counts(head) for head in torch.cat(self.indices).unbind(1)]
         used = [len(count) / self.codes for count in counts]
@@ -361,9 +362,11 @@ class CodeUsage:
         if self.heads > 1:
             metrics |= {"codes_used_worst": min(used), "perplexity_worst": min(perplexity)}
         if self.levels:
-            met, share, stride = torch.cat(self.indices).unique(), [], 1
+            met, count = torch.cat(self.indices).unique(return_counts=True)
+            share, stride = [], 1
             for levels in self.levels:
-                share.append(len((met // stride % levels).unique()) / levels)
+                cells = torch.bincount(met // stride % levels, count.double(), levels)
+                share.append(float((cells >= cells.sum() / 1000).double().mean()))
                 stride *= levels
             metrics |= {"levels_used": sum(share) / len(share), "levels_used_worst": min(share)}
         return metrics
