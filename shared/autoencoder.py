@@ -30,6 +30,7 @@ class Autoencoder(nn.Module):
     decoder gives clean images of noisy data, `observe`.
     """
 
+    frozen = False
     latent_mean: Tensor
     latent_std: Tensor
 
@@ -83,6 +84,14 @@ class Autoencoder(nn.Module):
         if not bool(torch.isfinite(self.latent_mean).all() and torch.isfinite(self.latent_std).all()):
             raise UserError("the autoencoder has no latent statistics: its training did not finish; run stage 1 again")
         return self
+
+    def freeze(self) -> "Autoencoder":
+        """Return self, without gradients and in eval mode for good: a codebook in train mode learns without gradients."""
+        self.frozen = True
+        return self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Autoencoder":
+        return super().train(mode and not self.frozen)
 
     def to_raw(self, scaled: Tensor) -> Tensor:
         raise NotImplementedError

@@ -124,7 +124,7 @@ def build_autoencoder(config: dict[str, Any], state: dict[str, Tensor]) -> Autoe
         ) from error
     model = build("autoencoder", config["spec"], image_shape=shape, transform=transform)
     fill(model, state, "autoencoder")
-    return model.require_latents().requires_grad_(False).eval()
+    return model.require_latents().freeze()
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:

@@ -20,7 +20,10 @@ PARTS: dict[str, dict[str, str]] = {
     },
     "quantizer": {
         "vq": "stage1_vqvae.quantizers:VQ",
+        "simvq": "stage1_vqvae.quantizers:LinearVQ",
         "fsq": "stage1_vqvae.quantizers:FiniteScalar",
+        "fsp": "stage1_vqvae.quantizers:FiniteScalarPerturbation",
+        "kl": "stage1_vqvae.quantizers:KL",
         "none": "stage1_vqvae.quantizers:NoQuantizer",
     },
     "backbone": {

@@ -5,6 +5,7 @@ names and with the same defaults; a test compares the two. A check of one key ag
 two, as a field validator, so that it is reported together with everything else that is wrong.
 """
 
+import math
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator, model_validator
@@ -47,7 +48,8 @@ class VQ(Block):
 
     name: Literal["vq"] = "vq"
     codebook_size: int = key(1024, "number of codes", ge=2)
-    codebook_dim: int | None = key(None, "look codes up in that many dimensions; null: all channels", ge=1)
+    codebook_dim: int | None = key(None, "dimensions a head looks codes up in; null: all its channels", ge=1)
+    heads: int = key(1, "codebooks side by side, each for its share of the channels", ge=1)
     decay: Share = key(0.99, "of the moving averages that are the codes")
     commitment_weight: float = key(0.25, "pull of the encoder towards its codes", ge=0)
     kmeans_init: bool = key(True, "start the codes at the cluster centres of the first batch")
@@ -57,13 +59,45 @@ class VQ(Block):
     warmup_steps: int = key(150, "steps the encoder learns before the quantiser acts", ge=0)
 
 
-class FSQ(Block):
-    """Rounding to a fixed grid: no codebook, nothing to collapse."""
+class SimVQ(Block):
+    """Fixed random codes behind a learned linear map, which moves them all at once."""
 
-    name: Literal["fsq"] = "fsq"
+    name: Literal["simvq"] = "simvq"
+    codebook_size: int = key(1024, "number of codes", ge=2)
+    commitment_weight: float = key(0.25, "pull of the encoder towards its codes; theirs towards it is 1", ge=0)
+    rotation_trick: bool = key(True, "gradients by Fifty et al. 2024; false: straight through")
+    warmup_steps: int = key(0, "steps the encoder learns before the quantiser acts", ge=0)
+
+
+class _Grid(Block):
     levels: Annotated[tuple[Annotated[int, Field(ge=3)], ...], Strict(False), Field(min_length=1)] = key(
         (16, 16, 16, 16, 16), "levels of each dimension; best one for each latent channel"
     )
+
+    @field_validator("levels")
+    @classmethod
+    def _countable(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        return _check(levels, math.prod(levels) < 2**63, "make more codes than a 64-bit integer can count: take fewer")
+
+
+class FSQ(_Grid):
+    """Rounding to a fixed grid: no codebook, nothing to collapse."""
+
+    name: Literal["fsq"] = "fsq"
+
+
+class FSP(_Grid):
+    """Rounding to a grid or, in training, noise as wide as its bins; latents drawn towards a normal distribution."""
+
+    name: Literal["fsp"] = "fsp"
+    quantize_rate: float = key(0.5, "share that is rounded in training; the rest gets the noise", ge=0, le=1)
+
+
+class KL(Block):
+    """No codes: Gaussian latents, as in a variational autoencoder; stage 2 learns their means."""
+
+    name: Literal["kl"] = "kl"
+    weight: float = key(1e-6, "of the divergence from a unit Gaussian, per latent", ge=0)
 
 
 class NoQuantizer(Block):
@@ -82,18 +116,31 @@ class VQVAE(Block):
     encoder_blocks: int = key(1, "residual blocks a grid", ge=1)
     decoder_blocks: int = key(3, "residual blocks a grid", ge=1)
     latent_channels: int = key(5, "what stage 2 sees is this many channels of 15 x 15", ge=1)
-    quantizer: Annotated[VQ | FSQ | NoQuantizer, Field(discriminator="name")] = VQ()
-    latents: Literal["continuous", "quantized"] = key("continuous", "diffused: before the quantiser or after")
+    quantizer: Annotated[VQ | SimVQ | FSQ | FSP | KL | NoQuantizer, Field(discriminator="name")] = VQ()
+    latents: Literal["continuous", "quantized", "unquantized"] = key(
+        "continuous", "diffused: before the quantiser, which decodes them; after it; before it and decoded without"
+    )
+
+    @field_validator("quantizer")
+    @classmethod
+    def _heads_share(cls, quantizer: Block, info: ValidationInfo) -> Block:
+        channels = info.data.get("latent_channels")
+        if channels is None or not isinstance(quantizer, VQ) or quantizer.codebook_dim is not None:
+            return quantizer
+        what = f"heads {quantizer.heads} do not divide latent_channels {channels}: choose others, or set codebook_dim"
+        return _check(quantizer, channels % quantizer.heads == 0, what)
 
     @field_validator("latents")
     @classmethod
     def _codes_are_latents(cls, latents: str, info: ValidationInfo) -> str:
         quantizer, channels = info.data.get("quantizer"), info.data.get("latent_channels")
-        direct = getattr(quantizer, "codebook_dim", None) is None and (
-            not isinstance(quantizer, FSQ) or len(quantizer.levels) == channels
-        )
+        dimensions = channels
+        if isinstance(quantizer, VQ) and quantizer.codebook_dim is not None:
+            dimensions = quantizer.heads * quantizer.codebook_dim
+        elif isinstance(quantizer, _Grid):
+            dimensions = len(quantizer.levels)
         what = "quantized needs codes with as many dimensions as latent_channels: then a code is a latent"
-        return _check(latents, latents == "continuous" or direct, what)
+        return _check(latents, latents != "quantized" or dimensions == channels, what)
 
     @field_validator("widths")
     @classmethod

@@ -50,7 +50,7 @@ class EMA(nn.Module):
         super().__init__()
         self.decay = decay
         self.module = deepcopy(network).requires_grad_(False).eval()
-        # The others are constants, such as the grid of a million codes of FSQ.
+        # The others are constants, such as the levels of FSQ.
         saved = network.state_dict().keys()
         self.learned = [name for name, _ in network.named_buffers() if name in saved]
 

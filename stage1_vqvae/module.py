@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+from tqdm import tqdm
 
 from shared.data.cache import LensImages
 from shared.data.symmetries import Turns, apply_each
@@ -17,6 +18,7 @@ from stage1_vqvae.quantizers import CodeUsage
 from stage1_vqvae.vqvae import VQVAE
 
 VALIDATION = 256  # images; PSNR to 0.05 dB
+SETTLE = 100  # steps of a quantiser before its codes are judged
 
 
 class VQVAEModule(StageModule):
@@ -34,6 +36,7 @@ class VQVAEModule(StageModule):
         transform = network.transform
         law = estimate_law(transform.light(self.unit(transform(images.batch(train[:VALIDATION])))))
         self.criterion = ReconstructionLoss(**config.loss.model_dump(), law=law, transform=transform)
+        self.warned_of_collapse = False
 
     @staticmethod
     def unit(scaled: Tensor) -> Tensor:
@@ -55,7 +58,8 @@ class VQVAEModule(StageModule):
     def validate(self, folder: Path | None) -> dict[str, float]:
         was_training = self.shadow.training
         self.shadow.eval()
-        usage = CodeUsage(self.network.quantizer.codes) if self.network.quantizer.codes else None
+        q = self.network.quantizer
+        usage = CodeUsage(q.codes, q.heads, q.levels) if q.codes and self.quantizing else None
         outputs = []
         with self.trainer.precision_plugin.forward_context():
             for batch in self.held_out.to(self.device).split(64):
@@ -70,8 +74,19 @@ class VQVAEModule(StageModule):
             "ssim": float(cast(Tensor, ssim(output, target, data_range=1.0))),
             **(usage.compute() if usage else {}),
         }
+        if usage:
+            self.watch(usage)
         if folder is not None:
             pairs = torch.stack([target[:8], output[:8], ((target - output)[:8] * 10 + 0.5).clamp(0, 1)])
             title = f"step {self.trainer.global_step}: images, clean reconstructions, difference x 10 (mid-scale is 0)"
             save_grid(folder / f"{self.trainer.global_step:07d}.png", pairs.flatten(0, 1).cpu(), columns=8, title=title)
         return metrics
+
+    def watch(self, usage: CodeUsage) -> None:
+        """Say once, while there is time to stop the run, that its codes have collapsed."""
+        step, q = self.trainer.global_step, self.network.quantizer
+        if self.warned_of_collapse or step < q.warmup_steps + SETTLE:
+            return
+        if what := usage.collapse():
+            self.warned_of_collapse = True
+            tqdm.write(f"{self.config.name}: its codes collapse: at step {step} {what}; start again: {q.advice}")

@@ -16,6 +16,7 @@ from shared.autoencoder import Autoencoder, Shape
 from shared.data.normalise import PixelTransform
 from shared.registry import build
 from stage1_vqvae.noise import Generators, NoiseLaw
+from stage1_vqvae.quantizers import Quantizer
 
 
 class ResidualBlock(nn.Module):
@@ -67,7 +68,8 @@ class VQVAE(Autoencoder):
 
     stem, strides      downsampling: PixelUnshuffle, then one strided convolution each; other sizes are padded inside
     widths             channels on each of the len(strides) + 1 grids, fine to coarse; multiples of 8
-    latents            what stage 2 diffuses: `continuous`, before the quantiser, or `quantized`, after it
+    latents            what stage 2 diffuses: `continuous`, before the quantiser, which decoding applies; `quantized`,
+                       after it; or `unquantized`, before it and decoded without it
     """
 
     def __init__(
@@ -90,33 +92,41 @@ class VQVAE(Autoencoder):
         super().__init__(image_shape, (latent_channels, *grid), transform)
         bottom, right = grid[0] * factor - height, grid[1] * factor - width
         self.padding = (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2)
-        self.encoder = encoder(channels, stem, strides, widths, encoder_blocks, latent_channels)
-        self.quantizer = build("quantizer", quantizer, channels=latent_channels)
+        self.quantizer: Quantizer = build("quantizer", quantizer, channels=latent_channels)
+        self.encoder = encoder(channels, stem, strides, widths, encoder_blocks, self.quantizer.inputs)
         self.decoder = decoder(channels, stem, strides, widths, decoder_blocks, latent_channels)
         self.latents = latents
         self.noise = NoiseLaw()
 
     def forward(self, scaled: Tensor, quantize: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """scaled (N, C, H, W) in [-1, 1] -> clean reconstruction, indices (N, h, w), quantiser's loss ()."""
-        raw = self._raw(scaled)
+        features = self.features(scaled)
         if not quantize:
-            return self._image(raw), torch.zeros_like(raw[:, 0], dtype=torch.long), raw.new_zeros(())
-        quantized, indices, loss = self.quantizer(raw)
+            raw = self.quantizer.latent(features)
+            return (
+                self._image(self.quantizer.relaxed(raw)),
+                torch.zeros_like(raw[:, 0], dtype=torch.long),
+                raw.new_zeros(()),
+            )
+        quantized, indices, loss = self.quantizer(features)
         return self._image(quantized), indices, loss
 
+    def features(self, scaled: Tensor) -> Tensor:
+        """scaled (N, C, H, W) in [-1, 1] -> what the quantiser is given, (N, quantizer.inputs, h, w)."""
+        return self.encoder(F.pad(scaled, self.padding, mode="replicate") if any(self.padding) else scaled)
+
     def to_raw(self, scaled: Tensor) -> Tensor:
-        raw = self._raw(scaled)
-        return self.quantizer(raw)[0] if self.latents == "quantized" else raw
+        features = self.features(scaled)
+        return self.quantizer(features)[0] if self.latents == "quantized" else self.quantizer.latent(features)
 
     def from_raw(self, raw: Tensor) -> Tensor:
-        return self._image(self.quantizer.snap(raw) if self.latents == "quantized" else self.quantizer(raw)[0])
+        q = self.quantizer
+        decodable = {"continuous": q.decodable, "quantized": q.snap, "unquantized": q.relaxed}[self.latents]
+        return self._image(decodable(raw))
 
     def observe(self, clean: Tensor, generator: Generators = None) -> Tensor:
         low, high = self.transform.low, self.transform.high
         return self.noise(clean, generator).clamp(low, high)
-
-    def _raw(self, scaled: Tensor) -> Tensor:
-        return self.encoder(F.pad(scaled, self.padding, mode="replicate") if any(self.padding) else scaled)
 
     def _image(self, raw: Tensor) -> Tensor:
         left, _, top, _ = self.padding

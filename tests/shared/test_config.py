@@ -227,7 +227,7 @@ def test_a_part_that_is_unknown_or_unnamed_lists_the_known_ones(write):
     ]
     assert errors(Stage1, ["stage1/vqvae"], ["--autoencoder.latents", "quantised"]) == [
         "command line: autoencoder.latents: 'quantised' is not known; did you mean 'quantized'? "
-        "(known: continuous, quantized)"
+        "(known: continuous, quantized, unquantized)"
     ]
 
 
@@ -287,6 +287,18 @@ def test_wrong_types_and_bounds_are_refused(override, problem):
         (Stage1, "stage1/vqvae", ["autoencoder.latents=quantized", "autoencoder.quantizer.codebook_dim=2"],
          "command line: autoencoder.latents: "
          "quantized needs codes with as many dimensions as latent_channels: then a code is a latent"),
+        (Stage1, "stage1/fsq", ["autoencoder.latents=quantized", "autoencoder.latent_channels=6"],
+         "command line: autoencoder.latents: "
+         "quantized needs codes with as many dimensions as latent_channels: then a code is a latent"),
+        (Stage1, "stage1/vqvae", ["autoencoder.quantizer.heads=2"],
+         "command line: autoencoder.quantizer: "
+         "heads 2 do not divide latent_channels 5: choose others, or set codebook_dim"),
+        (Stage1, "stage1/fsq", [f"autoencoder.quantizer.levels={[16] * 16}"],
+         "command line: autoencoder.quantizer.levels: "
+         "make more codes than a 64-bit integer can count: take fewer"),
+        (Stage1, "stage1/vqvae", ["autoencoder.quantizer={name: simvq, warmup_steps: 5000}"],
+         "configs/stage1/vqvae.yaml: trainer: "
+         "max_steps 5000 must exceed autoencoder.quantizer.warmup_steps 5000"),
         (Stage1, "stage1/vqvae", ["loss={l1: 0, stretched: 0, mse: 0, chi: 0}"],
          "command line: loss: at least one weight must be greater than 0"),
         (Quickstart, "quickstart", ["samples.count=499"],
@@ -311,6 +323,21 @@ def test_impossible_combinations_are_refused(monkeypatch, schema, file, override
         (Stage1, "stage1/vqvae", ["autoencoder.strides=[]", "autoencoder.widths=[8]"]),
         (Stage1, "stage1/vqvae", ["trainer.max_steps=151"]),
         (Stage1, "stage1/fsq", ["trainer.max_steps=1"]),
+        (Stage1, "stage1/vqvae", ["autoencoder.quantizer.heads=5", "autoencoder.latents=quantized"]),
+        (Stage1, "stage1/vqvae", ["autoencoder.quantizer.heads=2", "autoencoder.quantizer.codebook_dim=3"]),
+        (
+            Stage1,
+            "stage1/vqvae",
+            [
+                "autoencoder.quantizer={name: vq, heads: 2, codebook_dim: 3}",
+                "autoencoder.latent_channels=6",
+                "autoencoder.latents=quantized",
+            ],
+        ),
+        (Stage1, "stage1/vqvae", ["autoencoder.quantizer.codebook_dim=2", "autoencoder.latents=unquantized"]),
+        (Stage1, "stage1/vqvae", ["autoencoder.quantizer={name: kl}", "autoencoder.latents=quantized"]),
+        (Stage1, "stage1/vqvae", ["autoencoder.quantizer={name: none}", "autoencoder.latents=unquantized"]),
+        (Stage1, "stage1/fsq", ["autoencoder.quantizer.name=fsp", "autoencoder.latents=quantized"]),
         (Stage1, "stage1/vqvae", ["loss={l1: 0, stretched: 0}"]),
     ],
 )
