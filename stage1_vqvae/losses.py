@@ -53,7 +53,8 @@ def focal_frequency(output: Tensor, target: Tensor) -> Tensor:
 
     Noise gives every d a symmetric error, and weight and square are even: the optimum is the mean of the target, the
     clean image. Distances of (log) power have no such optimum: the power of a noisy target holds that of its noise, and
-    a decoder would have to paint noise to match it. With all weights 1 this is the mean squared error (Parseval).
+    a decoder would have to paint noise to match it. With all weights 1 this is the mean squared error (Parseval). The
+    weights have no gradient: it is the gradient that vanishes at the optimum, and the value need not be least there.
     """
     power = torch.fft.fft2((output - target).float(), norm="ortho").abs().square()
     distance = power.detach().sqrt()
@@ -126,8 +127,8 @@ class ReconstructionLoss(nn.Module):
         self.perceptual = Perceptual() if perceptual > 0 else None
         self.adversary: Adversary | None = None
         if adversarial > 0:
-            options = {"width": discriminator_width, "start": adversarial_start, "matching": feature_matching > 0}
-            self.adversary = Adversary(channels, **options)
+            matching = feature_matching > 0
+            self.adversary = Adversary(channels, width=discriminator_width, start=adversarial_start, matching=matching)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
