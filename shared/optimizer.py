@@ -5,7 +5,7 @@ Eq. 4), so that one learning rate serves both. Unlike there, the first and the l
 orthogonalised too: they are layers like others in networks this small.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,9 +94,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    network: nn.Module, *, name: str, lr: float, betas: tuple[float, float], weight_decay: float
+    network: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    beside: Sequence[dict[str, Any]] = (),
 ) -> torch.optim.Optimizer:
     """`muon` or `adamw` over the trainable parameters of a network.
+
+    beside   further groups, {"params": ..., "lr": ..., "betas": ...}, for AdamW in either case and not decayed
 
     The weights of linear layers and convolutions are decayed and, by Muon, orthogonalised; gains, biases and positional
     maps are neither, for they are no maps from one space to another.
@@ -107,6 +115,7 @@ def build_optimizer(
     groups: list[dict[str, Any]] = [
         {"params": list(matrices), "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
+        *({**group, "weight_decay": 0.0} for group in beside),
     ]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)

@@ -157,10 +157,26 @@ class Loss(Block):
     stretched: float = key(0.3, "the same after asinh, for faint arcs", ge=0)
     mse: float = key(10.0, "mean squared error", ge=0)
     chi: float = key(0.05, "residuals in units of the pixel noise, robust", ge=0)
+    ssim: float = key(0.0, "1 - structural similarity; too contrasty where noise exceeds 0.03 of the range", ge=0)
+    spectrum: float = key(0.0, "focal frequency loss: Fourier coefficients, the worst ones first", ge=0)
+    perceptual: float = key(0.0, "features of the network of fd_efflite0, which then compares with no other", ge=0)
+    adversarial: float = key(0.0, "patches that a discriminator takes for observed images", ge=0)
+    feature_matching: float = key(0.0, "features of that discriminator", ge=0)
+    adversarial_start: int = key(1000, "steps the discriminator learns before the decoder learns from it", ge=0)
+    discriminator_lr: float = key(2e-4, "its peak learning rate, by AdamW", gt=0)
+    discriminator_width: int = key(32, "channels of its first layer; it has 2 and 4 times as many further on", ge=1)
+
+    @field_validator("feature_matching")
+    @classmethod
+    def _has_features(cls, matching: float, info: ValidationInfo) -> float:
+        fine = matching == 0 or info.data.get("adversarial", 1) > 0
+        return _check(matching, fine, "needs a discriminator: set adversarial greater than 0")
 
     @model_validator(mode="after")
     def _something(self) -> "Loss":
-        return _check(self, any(self.model_dump().values()), "at least one weight must be greater than 0")
+        # An adversary alone knows what an image is, but not which one was wanted.
+        direct = (self.l1, self.stretched, self.mse, self.chi, self.ssim, self.spectrum, self.perceptual)
+        return _check(self, any(direct), "at least one weight beside the adversary's must be greater than 0")
 
 
 class Noise(Block):
@@ -310,6 +326,14 @@ class Stage1(_Run):
         warmup = getattr(info.data["autoencoder"].quantizer, "warmup_steps", 0) if "autoencoder" in info.data else 0
         what = f"max_steps {trainer.max_steps} must exceed autoencoder.quantizer.warmup_steps {warmup}"
         return _check(trainer, trainer.max_steps > warmup, what)
+
+    @field_validator("trainer")
+    @classmethod
+    def _adversary_acts(cls, trainer: Trainer, info: ValidationInfo) -> Trainer:
+        loss = info.data.get("loss")
+        start = loss.adversarial_start if loss and loss.adversarial > 0 else 0
+        what = f"max_steps {trainer.max_steps} must exceed loss.adversarial_start {start}"
+        return _check(trainer, trainer.max_steps > start, what)
 
 
 class Stage2(_Run):

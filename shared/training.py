@@ -106,6 +106,11 @@ class StageModule(lightning.LightningModule):
         return self.network
 
     @property
+    def beside(self) -> list[dict[str, Any]]:
+        """Groups of parameters outside the network that learn with it and are not published."""
+        return []
+
+    @property
     def shadow(self) -> nn.Module:
         return self.ema.module if self.ema is not None else self.network
 
@@ -161,14 +166,20 @@ class StageModule(lightning.LightningModule):
             self.ema.update(self.network, self.trainer.global_step + 1)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        # By hand: Lightning refuses to clip for a fused optimiser under bf16.
+        # By hand: Lightning refuses to clip for a fused optimiser under bf16. Not of what learns beside the network,
+        # whose gradients would then change the length of the network's.
         if self.config.optimizer.gradient_clip > 0:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.gradient_clip)
 
     def configure_optimizers(self) -> Any:
         o = self.config.optimizer
         optimizer = build_optimizer(
-            self.network, name=o.name, lr=o.lr, betas=tuple(o.betas), weight_decay=o.weight_decay
+            self.network,
+            name=o.name,
+            lr=o.lr,
+            betas=tuple(o.betas),
+            weight_decay=o.weight_decay,
+            beside=self.beside,
         )
         scale = learning_rate_scale(o.warmup_steps, self.config.trainer.max_steps, o.decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
@@ -273,7 +284,7 @@ class Checkpoint(Callback):
             self.stopped_by = trainer.strategy.broadcast(self.stopped_by)
         if self.stopped_by or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             # A checkpoint that cannot go on must not replace one that can. All processes have the same parameters.
-            if all(bool(parameter.isfinite().all()) for parameter in module.network.parameters()):
+            if all(bool(parameter.isfinite().all()) for parameter in module.parameters() if parameter.requires_grad):
                 self._save(trainer)
             trainer.should_stop = trainer.should_stop or bool(self.stopped_by)
 

@@ -35,13 +35,18 @@ class VQVAEModule(StageModule):
         self.held_out = images.batch(held_out[:VALIDATION])
         transform = network.transform
         law = estimate_law(transform.light(self.unit(transform(images.batch(train[:VALIDATION])))))
-        self.criterion = ReconstructionLoss(**config.loss.model_dump(), law=law, transform=transform)
+        channels = network.image_shape[0]
+        self.criterion = ReconstructionLoss(**config.loss.model_dump(), law=law, transform=transform, channels=channels)
         self.warned_of_collapse = False
 
     @staticmethod
     def unit(scaled: Tensor) -> Tensor:
         """[-1, 1] -> [0, 1]."""
         return (scaled + 1) / 2
+
+    @property
+    def beside(self) -> list[dict[str, Any]]:
+        return self.criterion.groups
 
     @property
     def quantizing(self) -> bool:
@@ -51,7 +56,7 @@ class VQVAEModule(StageModule):
     def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         scaled = self.network.transform(batch)
         output, _, commitment = self.network(scaled, quantize=self.quantizing)
-        total, terms = self.criterion(self.unit(output.float()), self.unit(scaled))
+        total, terms = self.criterion(self.unit(output.float()), self.unit(scaled), self.trainer.global_step)
         return total + commitment, {**terms, "commitment": commitment}
 
     @torch.no_grad()

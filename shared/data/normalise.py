@@ -67,6 +67,10 @@ class PixelTransform:
         first, span = self._ends
         return unit if self.scale is None else self._sinh(unit * span + first)
 
+    def from_light(self, light: Tensor) -> Tensor:
+        """The inverse of `light`."""
+        return light if self.scale is None else self.unit(light * self.scale + self.pivot)
+
     def stretch(self, images: Tensor) -> Tensor:
         """Images as they are, or their asinh; straight on beyond [low, high], so that no inverse grows like e^x."""
         if self.scale is None:

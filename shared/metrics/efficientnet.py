@@ -29,6 +29,7 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 SIZE = 224
+LAYERS = (0, 2, 4, 10)  # the last block at each resolution that is finer than a lens
 BATCH_NORM_EPS = 1e-3
 
 # On a CPU the large activations of the first blocks must stay in the cache and out of freshly mapped memory, while the
@@ -108,12 +109,23 @@ class EfficientNetLite0(nn.Module):
     def _chunk(self, images: Tensor) -> Tensor:
         return self._last(torch.cat([self._first(image) for image in images.split(1)]))
 
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """images float (N, 1 or 3, H, W) in [0, 255] -> features (N, c, 224/s, 224/s), s = 2, 4, 8, 16; differentiable."""
+        x, found = self._stem(images), []
+        for i, block in enumerate(self.blocks[: LAYERS[-1] + 1]):
+            x = block(x)
+            if i in LAYERS:
+                found.append(x)
+        return found
+
     def _first(self, images: Tensor) -> Tensor:
-        x = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", align_corners=False, antialias=True)
+        return self.blocks[:FIRST_BLOCKS](self._stem(images.float()))
+
+    def _stem(self, images: Tensor) -> Tensor:
+        x = F.interpolate(images, (SIZE, SIZE), mode="bicubic", align_corners=False, antialias=True)
         x = (x - 127) / 128
         weight = self.stem_gray if x.shape[1] == 1 else self.stem.weight
-        x = F.relu6(F.conv2d(x, weight, self.stem.bias, stride=2, padding=1), inplace=True)
-        return self.blocks[:FIRST_BLOCKS](x)
+        return F.relu6(F.conv2d(x, weight, self.stem.bias, stride=2, padding=1), inplace=True)
 
     def _last(self, x: Tensor) -> Tensor:
         x = F.relu6(self.head(self.blocks[FIRST_BLOCKS:](x)), inplace=True)

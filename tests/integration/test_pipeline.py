@@ -208,7 +208,9 @@ def test_a_typo_is_told_before_torch_is_imported(tmp_path: Path) -> None:
     [
         ("stage1_vqvae", ["--config", "stage1/vqvae.yaml", "--autoencoder.widths", "[8, 8]",
                           "--autoencoder.quantizer.codebook_size", "8", "--autoencoder.quantizer.codebook_dim", "2",
-                          "--autoencoder.quantizer.warmup_steps", "2"]),
+                          "--autoencoder.quantizer.warmup_steps", "2", "--loss.adversarial", "0.1",
+                          "--loss.feature_matching", "1", "--loss.adversarial_start", "1",
+                          "--loss.discriminator_width", "4", "--loss.perceptual", "0.1"]),
         ("stage2_diffusion", ["--config", "stage2/unet.yaml", "--autoencoder", "checkpoints/smoke-stage1",
                               "--backbone.width", "8", "--backbone.blocks", "1", "--backbone.heads", "1"]),
     ],

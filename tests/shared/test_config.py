@@ -300,7 +300,13 @@ def test_wrong_types_and_bounds_are_refused(override, problem):
          "configs/stage1/vqvae.yaml: trainer: "
          "max_steps 5000 must exceed autoencoder.quantizer.warmup_steps 5000"),
         (Stage1, "stage1/vqvae", ["loss={l1: 0, stretched: 0, mse: 0, chi: 0}"],
-         "command line: loss: at least one weight must be greater than 0"),
+         "command line: loss: at least one weight beside the adversary's must be greater than 0"),
+        (Stage1, "stage1/vqvae", ["loss={l1: 0, stretched: 0, mse: 0, chi: 0, adversarial: 1}"],
+         "command line: loss: at least one weight beside the adversary's must be greater than 0"),
+        (Stage1, "stage1/vqvae", ["loss.feature_matching=1"],
+         "command line: loss.feature_matching: needs a discriminator: set adversarial greater than 0"),
+        (Stage1, "stage1/vqvae", ["loss.adversarial=0.1", "trainer.max_steps=1000"],
+         "command line: trainer: max_steps 1000 must exceed loss.adversarial_start 1000"),
         (Quickstart, "quickstart", ["samples.count=499"],
          "configs/quickstart.yaml: evaluate: count 500 is more than 499, samples.count"),
         (Quickstart, "quickstart", ["data.count=4999"],
@@ -339,6 +345,8 @@ def test_impossible_combinations_are_refused(monkeypatch, schema, file, override
         (Stage1, "stage1/vqvae", ["autoencoder.quantizer={name: none}", "autoencoder.latents=unquantized"]),
         (Stage1, "stage1/fsq", ["autoencoder.quantizer.name=fsp", "autoencoder.latents=quantized"]),
         (Stage1, "stage1/vqvae", ["loss={l1: 0, stretched: 0}"]),
+        (Stage1, "stage1/vqvae", ["loss.adversarial=0.1", "loss.feature_matching=1", "trainer.max_steps=1001"]),
+        (Stage1, "stage1/vqvae", ["loss.adversarial_start=9000"]),
     ],
 )
 def test_unusual_but_possible_combinations_pass(schema, file, overrides):

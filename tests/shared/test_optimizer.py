@@ -97,6 +97,22 @@ def test_every_trainable_parameter_is_in_one_group(name: str) -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_what_learns_beside_the_network_is_stepped_by_adamw_at_its_own_rate(name: str) -> None:
+    torch.manual_seed(0)
+    net, mine, theirs = Net(), nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+    beside = [{"params": [mine], "lr": 0.03, "betas": (0.5, 0.9)}]
+    options = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.5}
+    ours = build_optimizer(net, name=name, **options, beside=beside)
+    other = torch.optim.AdamW([theirs], lr=0.03, betas=(0.5, 0.9), weight_decay=0.0)
+    for _ in range(5):
+        mine.grad = torch.randn(4, 4)
+        theirs.grad = mine.grad.clone()
+        ours.step()
+        other.step()
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_a_saved_state_goes_on_with_the_same_bits() -> None:
     def run(stop: int | None) -> nn.Module:
         torch.manual_seed(0)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shared.config import load_config
@@ -20,6 +21,7 @@ from shared.errors import UserError
 from shared.run import Run
 from shared.schema import Stage1
 from shared.training import EMA, StageModule, fit, learning_rate_scale, step_key
+from stage1_vqvae.module import VQVAEModule
 from stage1_vqvae.pipeline import train
 
 TINY = {
@@ -69,6 +71,7 @@ SCRIPT = """
 import sys
 from shared.config import load_config
 from shared.schema import Stage1
+from stage1_vqvae.module import VQVAEModule
 from stage1_vqvae.pipeline import train
 import shared.training, json
 config = load_config(Stage1, [], json.loads(sys.argv[1]))
@@ -101,6 +104,42 @@ def test_killed_and_resumed_ends_bit_identical(data: Path, tmp_path: Path) -> No
         assert same(weights(tmp_path / "whole"), weights(tmp_path / broken.name))
         whole, again = ((tmp_path / n / "model" / "model.safetensors").read_bytes() for n in ("whole", broken.name))
         assert whole == again
+
+
+@pytest.mark.slow
+def test_an_adversarial_run_that_was_killed_ends_bit_identical_too(data: Path, tmp_path: Path) -> None:
+    terms = {"adversarial": 0.1, "feature_matching": 1.0, "spectrum": 1.0, "ssim": 0.1}
+    loss = {**terms, "adversarial_start": 5, "discriminator_width": 4}
+    whole, broken = (config(data, tmp_path, name, loss=loss) for name in ("whole", "killed"))
+    train(whole)
+    assert killed_at(7, signal.SIGKILL, broken).returncode == -signal.SIGKILL  # its last checkpoint is before the start
+    model = train(broken)
+    state = weights(tmp_path / "whole")
+    assert same(state, weights(tmp_path / "killed"))
+    assert any(key.startswith("criterion.adversary.discriminator.") for key in state)
+    published = (model / "model.safetensors").read_bytes()
+    assert published == (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
+    assert not [key for key in load_file(model / "model.safetensors") if "adversary" in key or "criterion" in key]
+    with open(tmp_path / "killed" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for term in ("ssim", "spectrum", "discriminator"):
+        assert all(row[f"train/{term}"] for row in rows)
+    for term in ("adversarial", "feature_matching"):
+        assert [bool(row[f"train/{term}"]) for row in rows] == [False, True, True, True]
+
+
+def test_until_its_start_an_adversary_changes_nothing_but_itself(data: Path, tmp_path: Path) -> None:
+    def errors(name: str, **loss: float) -> list[str]:
+        """Those of each logged step, before its update."""
+        train(config(data, tmp_path, name, loss={**loss, "discriminator_width": 4}))
+        with open(tmp_path / name / "metrics.csv") as file:
+            return [row["train/l1"] for row in csv.DictReader(file)]
+
+    plain, adversary = errors("plain"), {"adversarial": 10.0, "feature_matching": 10.0}
+    assert errors("late", **adversary, adversarial_start=11) == plain
+    early = errors("early", **adversary, adversarial_start=8)
+    assert early[:3] == plain[:3]  # steps 2, 5 and 8
+    assert early[3] != plain[3]
 
 
 @pytest.mark.slow
@@ -222,6 +261,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_good_checkpoint(da
     state = weights(run.folder)
     assert torch.load(run.last, weights_only=True)["global_step"] == 4
     assert all(torch.isfinite(v).all() for v in state.values())
+
+
+def test_no_checkpoint_is_kept_of_a_discriminator_that_is_no_number(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = VQVAEModule.loss
+
+    def spoiled(self: VQVAEModule, *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.trainer.global_step == 6:
+            next(self.criterion.adversary.parameters()).data.fill_(torch.nan)
+        return before(self, *batch)
+
+    monkeypatch.setattr(VQVAEModule, "loss", spoiled)
+    c = config(data, tmp_path, loss={"adversarial": 0.1, "discriminator_width": 4, "adversarial_start": 11})
+    with pytest.raises(UserError, match="became nan"):
+        train(c)
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,7 @@ def test_the_ends_of_the_range_are_those_of_the_network_and_light_is_linear_in_t
     assert scaled[[0, -1]].tolist() == pytest.approx([-1, 1], abs=1e-6)
     assert (scaled.diff() > 0).all()
     light = transform.light((scaled + 1) / 2)
+    assert torch.allclose(transform.from_light(light), (scaled + 1) / 2, atol=1e-5)
     step = (light[-1] - light[0]) / 30
     assert torch.allclose(light.diff(), step.expand(30), rtol=1e-4)
 

@@ -85,6 +85,18 @@ def test_the_features_are_the_published_networks(network, state, shape):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 150, 150), (1, 3, 61, 97)])
+def test_layers_are_those_on_the_way_to_the_features_and_differentiable(network, shape):
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    floats = images.float().requires_grad_()
+    layers = network.layers(floats)
+    assert [tuple(x.shape[1:]) for x in layers] == [(16, 112, 112), (24, 56, 56), (40, 28, 28), (112, 14, 14)]
+    features = F.relu6(network.head(network.blocks[11:](layers[-1]))).mean((2, 3))
+    torch.testing.assert_close(features.detach(), network(images), atol=1e-4, rtol=0)
+    sum(x.square().mean() for x in layers).backward()
+    assert floats.grad.abs().min() > 0
+
+
 def test_it_recognises_grace_hoppers_uniform(network, state):
     picture = np.array(Image.open(str(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))))[:512]
     logits = network(torch.from_numpy(picture).permute(2, 0, 1)[None]) @ state["_fc.weight"].T + state["_fc.bias"]
