@@ -116,6 +116,14 @@ class Loss(Block):
         return _check(self, any(self.model_dump().values()), "at least one weight must be greater than 0")
 
 
+class Regularize(Block):
+    """What makes latents easy to diffuse, in training alone; 0 leaves it out."""
+
+    equivariance: float = key(0.0, "share of the steps whose latents are turned or scaled like their images", ge=0, le=1)
+    latent_noise: float = key(0.0, "of latents when decoded: up to that many of their standard deviations", ge=0)
+    bypass: float = key(0.0, "share of the images decoded from latents that were not quantised", ge=0, le=1)
+
+
 class Noise(Block):
     fit: bool = key(True, "fit the noise law after training; false: decode clean images only")
     images: int = key(512, "validation images it is fitted to", ge=1)
@@ -251,6 +259,7 @@ class Stage1(_Run):
 
     autoencoder: VQVAE = VQVAE()
     loss: Loss = Loss()
+    regularize: Regularize = Regularize()
     noise: Noise = Noise()
     optimizer: Optimizer = Optimizer()
     ema: EMA = EMA()

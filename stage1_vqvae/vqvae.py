@@ -16,6 +16,7 @@ from shared.autoencoder import Autoencoder, Shape
 from shared.data.normalise import PixelTransform
 from shared.registry import build
 from stage1_vqvae.noise import Generators, NoiseLaw
+from stage1_vqvae.regularize import Regularizer
 
 
 class ResidualBlock(nn.Module):
@@ -96,13 +97,27 @@ class VQVAE(Autoencoder):
         self.latents = latents
         self.noise = NoiseLaw()
 
-    def forward(self, scaled: Tensor, quantize: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """scaled (N, C, H, W) in [-1, 1] -> clean reconstruction, indices (N, h, w), quantiser's loss ()."""
-        raw = self._raw(scaled)
-        if not quantize:
-            return self._image(raw), torch.zeros_like(raw[:, 0], dtype=torch.long), raw.new_zeros(())
-        quantized, indices, loss = self.quantizer(raw)
-        return self._image(quantized), indices, loss
+    def forward(
+        self, scaled: Tensor, quantize: bool = True, regularize: Regularizer | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """scaled (N, C, H, W) in [-1, 1] -> clean reconstruction, what it should be like, indices (N, h, w), quantiser's
+        loss ().
+
+        regularize   in training mode alone. What the reconstruction should be like is then not always `scaled`: it may
+                     be turned and smaller, padding included, and so may the reconstruction
+        """
+        padded = self._pad(scaled)
+        raw = self.encoder(padded)
+        if quantize:
+            quantized, indices, loss = self.quantizer(raw)
+        else:
+            quantized, indices, loss = raw, torch.zeros_like(raw[:, 0], dtype=torch.long), raw.new_zeros(())
+        if regularize is None or not self.training:
+            return self._image(quantized), scaled, indices, loss
+        latents, transformation = regularize(raw, quantized)
+        if transformation is None:
+            return self._image(latents), scaled, indices, loss
+        return self.decoder(latents), transformation(padded), indices, loss
 
     def to_raw(self, scaled: Tensor) -> Tensor:
         raw = self._raw(scaled)
@@ -116,7 +131,10 @@ class VQVAE(Autoencoder):
         return self.noise(clean, generator).clamp(low, high)
 
     def _raw(self, scaled: Tensor) -> Tensor:
-        return self.encoder(F.pad(scaled, self.padding, mode="replicate") if any(self.padding) else scaled)
+        return self.encoder(self._pad(scaled))
+
+    def _pad(self, scaled: Tensor) -> Tensor:
+        return F.pad(scaled, self.padding, mode="replicate") if any(self.padding) else scaled
 
     def _image(self, raw: Tensor) -> Tensor:
         left, _, top, _ = self.padding
