@@ -119,7 +119,9 @@ class Loss(Block):
 class Regularize(Block):
     """What makes latents easy to diffuse, in training alone; 0 leaves it out."""
 
-    equivariance: float = key(0.0, "share of the steps whose latents are turned or scaled like their images", ge=0, le=1)
+    equivariance: float = key(
+        0.0, "share of the steps whose latents are turned or scaled like their images", ge=0, le=1
+    )
     latent_noise: float = key(0.0, "of latents when decoded: up to that many of their standard deviations", ge=0)
     bypass: float = key(0.0, "share of the images decoded from latents that were not quantised", ge=0, le=1)
 
@@ -236,6 +238,10 @@ class Trainer(Block):
     accelerator: Literal["auto", "cpu", "gpu"] = key("auto", "auto: a GPU where there is one")
     channels_last: bool = key(True, "memory format of images; faster convolutions")
     compile: bool = key(False, "torch.compile: a minute once, then faster steps on a GPU")
+    checkpoint_gradients: bool = key(False, "compute blocks twice instead of remembering: less memory, slower")
+    accumulate: int = key(
+        1, "parts of a batch, one after the other: less memory; a codebook starts from the first", ge=1
+    )
     log_every: int = key(25, "steps between rows of metrics.csv", ge=1)
     validate_every: int = key(500, "steps between held-out metrics and pictures", ge=1)
     checkpoint_every: int = key(200, "steps between writes of last.ckpt", ge=1)
@@ -252,6 +258,13 @@ class _Run(Block):
     seed: int = key(0, "of the weights, the batches and all noise", ge=0, lt=2**32)
     output: str = key("checkpoints", "folder of runs", min_length=1)
     data: Data
+
+    @field_validator("trainer", check_fields=False)  # of both stages
+    @classmethod
+    def _parts_are_alike(cls, trainer: Trainer, info: ValidationInfo) -> Trainer:
+        size = info.data["data"].batch_size if "data" in info.data else trainer.accumulate
+        what = f"accumulate {trainer.accumulate} does not divide data.batch_size {size}"
+        return _check(trainer, size % trainer.accumulate == 0, what)
 
 
 class Stage1(_Run):

@@ -22,6 +22,8 @@ from stage1_vqvae.regularize import Regularizer
 class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), the identity at the start."""
 
+    recomputable = True  # with trainer.checkpoint_gradients
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)

@@ -89,11 +89,25 @@ def killed_at(step: int, with_signal: signal.Signals, config: Stage1) -> subproc
     return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
 
 
+REGULARISED = {
+    "regularize": {"equivariance": 0.5, "latent_noise": 0.3, "bypass": 0.3},
+    "trainer": {**TINY["trainer"], "accumulate": 2, "checkpoint_gradients": True},
+}
+
+
 @pytest.mark.slow
-def test_killed_and_resumed_ends_bit_identical(data: Path, tmp_path: Path) -> None:
-    train(config(data, tmp_path, "whole"))
-    for step in (6, 11):  # between checkpoints, after the codebook was born; behind the last but one
-        broken = config(data, tmp_path, f"killed{step}")
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    # between checkpoints, after the codebook was born; behind the last but one
+    [({}, (6, 11)), (REGULARISED, (6,))],
+    ids=["plain", "regularised, in parts"],
+)
+def test_killed_and_resumed_ends_bit_identical(
+    data: Path, tmp_path: Path, options: dict[str, object], steps: tuple[int, ...]
+) -> None:
+    train(config(data, tmp_path, "whole", **options))
+    for step in steps:
+        broken = config(data, tmp_path, f"killed{step}", **options)
         assert killed_at(step, signal.SIGKILL, broken).returncode == -signal.SIGKILL
         assert not (tmp_path / broken.name / "model").exists()
         assert (tmp_path / broken.name / "metrics.csv").read_text().count("\n") >= 2  # rows up to the last checkpoint
