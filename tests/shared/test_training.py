@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.config import load_config
 from shared.data.cache import CacheWriter, LensImages
@@ -191,6 +193,39 @@ def test_a_truncated_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
 def test_fewer_images_than_a_batch(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batch"):
         train(config(data, tmp_path, data__batch_size=500))
+
+
+class Waits(TorchDispatchMode):
+    """The steps in which a tensor became a number of Python's: there a host waits for its GPU."""
+
+    def __init__(self, module: StageModule) -> None:
+        super().__init__()
+        self.module, self.steps = module, set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.steps.add(self.module.trainer.global_step)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_host_waits_for_no_gpu_between_rows_of_the_log(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    """Of our own loop; a codebook of vector-quantize-pytorch waits in every step to hear whether one of its codes died."""
+    often = {**TINY["trainer"], "log_every": 6, "validate_every": 12, "checkpoint_every": 12, "accumulate": accumulate}
+    quantizer = {"name": "fsq", "levels": [5, 5, 5, 5, 5]}
+    c = config(data, tmp_path, autoencoder__quantizer=quantizer, trainer=often)
+    waited = []
+
+    def watched(module: StageModule, *rest: Any) -> None:
+        with Waits(module) as waits:
+            fit(module, *rest)
+        waited.append(waits.steps)
+
+    monkeypatch.setattr("stage1_vqvae.pipeline.fit", watched)
+    train(c)
+    assert waited == [{6, 12}]
 
 
 def test_compile_reaches_what_the_loss_calls(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
