@@ -15,7 +15,7 @@ from shared.files import write_atomically
 
 # What may differ between a run and its continuation without making it another run.
 HARMLESS = ("output", "logger", "trainer.log_every", "trainer.checkpoint_every", "trainer.validate_every",
-            "trainer.progress", "trainer.compile", "sampling")  # fmt: skip
+            "trainer.progress", "trainer.compile", "trainer.checkpoint_gradients", "sampling")  # fmt: skip
 
 
 def is_main_process() -> bool:

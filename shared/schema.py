@@ -179,6 +179,16 @@ class Loss(Block):
         return _check(self, any(direct), "at least one weight beside the adversary's must be greater than 0")
 
 
+class Regularize(Block):
+    """What makes latents easy to diffuse, in training alone; 0 leaves it out."""
+
+    equivariance: float = key(
+        0.0, "share of the steps whose latents are turned or scaled like their images", ge=0, le=1
+    )
+    latent_noise: float = key(0.0, "of latents when decoded: up to that many of their standard deviations", ge=0)
+    bypass: float = key(0.0, "share of the images decoded from latents that were not quantised", ge=0, le=1)
+
+
 class Noise(Block):
     fit: bool = key(True, "fit the noise law after training; false: decode clean images only")
     images: int = key(512, "validation images it is fitted to", ge=1)
@@ -291,6 +301,10 @@ class Trainer(Block):
     accelerator: Literal["auto", "cpu", "gpu"] = key("auto", "auto: a GPU where there is one")
     channels_last: bool = key(True, "memory format of images; faster convolutions")
     compile: bool = key(False, "torch.compile: a minute once, then faster steps on a GPU")
+    checkpoint_gradients: bool = key(False, "compute blocks twice instead of remembering: less memory, slower")
+    accumulate: int = key(
+        1, "parts of a batch, one after the other: less memory; a codebook starts from the first", ge=1
+    )
     log_every: int = key(25, "steps between rows of metrics.csv", ge=1)
     validate_every: int = key(500, "steps between held-out metrics and pictures", ge=1)
     checkpoint_every: int = key(200, "steps between writes of last.ckpt", ge=1)
@@ -308,12 +322,20 @@ class _Run(Block):
     output: str = key("checkpoints", "folder of runs", min_length=1)
     data: Data
 
+    @field_validator("trainer", check_fields=False)  # of both stages
+    @classmethod
+    def _parts_are_alike(cls, trainer: Trainer, info: ValidationInfo) -> Trainer:
+        size = info.data["data"].batch_size if "data" in info.data else trainer.accumulate
+        what = f"accumulate {trainer.accumulate} does not divide data.batch_size {size}"
+        return _check(trainer, size % trainer.accumulate == 0, what)
+
 
 class Stage1(_Run):
     """configs/stage1: an autoencoder and the noise law beside it."""
 
     autoencoder: VQVAE = VQVAE()
     loss: Loss = Loss()
+    regularize: Regularize = Regularize()
     noise: Noise = Noise()
     optimizer: Optimizer = Optimizer()
     ema: EMA = EMA()

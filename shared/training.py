@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from shared.config import to_dict
@@ -123,10 +125,12 @@ class StageModule(lightning.LightningModule):
         raise NotImplementedError
 
     def train_dataloader(self) -> "Steps":
-        size, world = self.config.data.batch_size, self.trainer.world_size
-        if size % world:
+        size, world, parts = self.config.data.batch_size, self.trainer.world_size, self.config.trainer.accumulate
+        if size % (world * parts):
+            times = f" times trainer.accumulate {parts}" if parts > 1 else ""
             raise UserError(
-                f"data.batch_size {size} does not divide by the {world} processes: choose a multiple of {world}"
+                f"data.batch_size {size} does not divide by the {world} processes{times}: "
+                f"choose a multiple of {world * parts}"
             )
         sampler = StepSampler(
             self.count,
@@ -147,8 +151,22 @@ class StageModule(lightning.LightningModule):
         batch, *beside = (part.to(self.device, non_blocking=True) for part in _tuple(given))
         if self.config.trainer.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
-        loss, logs = self.loss(batch, *beside)
-        return {"loss": loss, "logs": {k: v.detach() for k, v in logs.items()}}
+        # Parts of a step are a loop in here, where Lightning's own accumulation would make steps of them for everything
+        # that counts. What DDP does is right as it is: it reduces gradients in the backward pass after this method alone,
+        # and then all that has added up.
+        parts = self.config.trainer.accumulate
+        total: Any = 0
+        logs: dict[str, Any] = {}
+        for number, part in enumerate(zip(*(tensor.chunk(parts) for tensor in (batch, *beside)), strict=True), 1):
+            loss, terms = self.loss(*part)
+            loss = loss / parts
+            logs = {name: logs.get(name, 0) + term.detach() / parts for name, term in terms.items()}
+            if number < parts:
+                with torch.autocast(self.device.type, enabled=False):  # of a backward pass torch advises against it
+                    loss.backward()
+                loss = loss.detach()
+            total = total + loss  # the value is that of the batch, the graph that of its last part
+        return {"loss": total, "logs": logs}
 
     def drawn(self, n: int) -> Tensor:
         """Which symmetry turns each of the n images of this step: a function of (seed, step, rank) alone."""
@@ -159,8 +177,12 @@ class StageModule(lightning.LightningModule):
         chances = torch.tensor(self.chances)
         return torch.multinomial(chances, n, replacement=True, generator=torch.Generator().manual_seed(key))
 
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        pass  # Lightning would do it before the last part of a step: `optimizer_step` does
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        self.network.zero_grad()
         # Here and not in on_train_batch_end, which Lightning calls after the callbacks: a checkpoint would lack this step.
         if self.ema is not None:
             self.ema.update(self.network, self.trainer.global_step + 1)
@@ -184,6 +206,15 @@ class StageModule(lightning.LightningModule):
         scale = learning_rate_scale(o.warmup_steps, self.config.trainer.max_steps, o.decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def recompute_blocks(network: nn.Module) -> None:
+    """Let the blocks of a network forget all but their inputs and compute it again, with the same random numbers, when
+    the backward pass needs it (Chen et al. 2016). A class of modules that may is marked `recomputable`: it has no state
+    that a forward pass changes."""
+    for block in network.modules():
+        if getattr(block, "recomputable", False):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _tuple(given: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -385,6 +416,8 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
     if saved and start >= t.max_steps:
         module.load_state_dict(saved["state_dict"])
         return
+    if t.checkpoint_gradients:
+        recompute_blocks(module.network)  # not its shadow, which has no backward pass
     if t.compile:
         module.compiled_part.compile()
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -15,6 +15,7 @@ from shared.training import StageModule
 from stage1_vqvae.losses import ReconstructionLoss
 from stage1_vqvae.noise import estimate_law
 from stage1_vqvae.quantizers import CodeUsage
+from stage1_vqvae.regularize import Regularizer
 from stage1_vqvae.vqvae import VQVAE
 
 VALIDATION = 256  # images; PSNR to 0.05 dB
@@ -37,6 +38,8 @@ class VQVAEModule(StageModule):
         law = estimate_law(transform.light(self.unit(transform(images.batch(train[:VALIDATION])))))
         channels = network.image_shape[0]
         self.criterion = ReconstructionLoss(**config.loss.model_dump(), law=law, transform=transform, channels=channels)
+        options = config.regularize.model_dump()
+        self.regularize = Regularizer(**options) if any(options.values()) else None
         self.warned_of_collapse = False
 
     @staticmethod
@@ -55,8 +58,8 @@ class VQVAEModule(StageModule):
 
     def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         scaled = self.network.transform(batch)
-        output, _, commitment = self.network(scaled, quantize=self.quantizing)
-        total, terms = self.criterion(self.unit(output.float()), self.unit(scaled), self.trainer.global_step)
+        output, target, _, commitment = self.network(scaled, quantize=self.quantizing, regularize=self.regularize)
+        total, terms = self.criterion(self.unit(output.float()), self.unit(target), self.trainer.global_step)
         return total + commitment, {**terms, "commitment": commitment}
 
     @torch.no_grad()
@@ -68,7 +71,7 @@ class VQVAEModule(StageModule):
         outputs = []
         with self.trainer.precision_plugin.forward_context():
             for batch in self.held_out.to(self.device).split(64):
-                output, indices, _ = self.shadow(self.network.transform(batch), quantize=self.quantizing)
+                output, _, indices, _ = self.shadow(self.network.transform(batch), quantize=self.quantizing)
                 outputs.append(self.unit(output.float()))
                 if usage:
                     usage.update(indices)

@@ -17,10 +17,13 @@ from shared.data.normalise import PixelTransform
 from shared.registry import build
 from stage1_vqvae.noise import Generators, NoiseLaw
 from stage1_vqvae.quantizers import Quantizer
+from stage1_vqvae.regularize import Regularizer
 
 
 class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), the identity at the start."""
+
+    recomputable = True  # with trainer.checkpoint_gradients
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -98,22 +101,33 @@ class VQVAE(Autoencoder):
         self.latents = latents
         self.noise = NoiseLaw()
 
-    def forward(self, scaled: Tensor, quantize: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """scaled (N, C, H, W) in [-1, 1] -> clean reconstruction, indices (N, h, w), quantiser's loss ()."""
-        features = self.features(scaled)
-        if not quantize:
-            raw = self.quantizer.latent(features)
-            return (
-                self._image(self.quantizer.relaxed(raw)),
-                torch.zeros_like(raw[:, 0], dtype=torch.long),
-                raw.new_zeros(()),
-            )
-        quantized, indices, loss = self.quantizer(features)
-        return self._image(quantized), indices, loss
+    def forward(
+        self, scaled: Tensor, quantize: bool = True, regularize: Regularizer | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """scaled (N, C, H, W) in [-1, 1] -> clean reconstruction, what it should be like, indices (N, h, w), quantiser's
+        loss ().
+
+        regularize   in training mode alone. What the reconstruction should be like is then not always `scaled`: it may
+                     be turned and smaller, padding included, and so may the reconstruction
+        """
+        padded = self._pad(scaled)
+        features = self.encoder(padded)
+        raw = self.quantizer.latent(features)
+        if quantize:
+            latents, indices, loss = self.quantizer(features)
+        else:
+            latents, loss = self.quantizer.relaxed(raw), raw.new_zeros(())
+            indices = torch.zeros_like(raw[:, 0], dtype=torch.long)
+        if regularize is None or not self.training:
+            return self._image(latents), scaled, indices, loss
+        latents, transformation = regularize(self.quantizer.relaxed(raw), latents)
+        if transformation is None:
+            return self._image(latents), scaled, indices, loss
+        return self.decoder(latents), transformation(padded), indices, loss
 
     def features(self, scaled: Tensor) -> Tensor:
         """scaled (N, C, H, W) in [-1, 1] -> what the quantiser is given, (N, quantizer.inputs, h, w)."""
-        return self.encoder(F.pad(scaled, self.padding, mode="replicate") if any(self.padding) else scaled)
+        return self.encoder(self._pad(scaled))
 
     def to_raw(self, scaled: Tensor) -> Tensor:
         features = self.features(scaled)
@@ -127,6 +141,9 @@ class VQVAE(Autoencoder):
     def observe(self, clean: Tensor, generator: Generators = None) -> Tensor:
         low, high = self.transform.low, self.transform.high
         return self.noise(clean, generator).clamp(low, high)
+
+    def _pad(self, scaled: Tensor) -> Tensor:
+        return F.pad(scaled, self.padding, mode="replicate") if any(self.padding) else scaled
 
     def _image(self, raw: Tensor) -> Tensor:
         left, _, top, _ = self.padding

@@ -42,6 +42,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, shifted, scaled and gated by the embedding; the identity at first (adaLN-Zero)."""
 
+    recomputable = True  # with trainer.checkpoint_gradients
+
     def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float):
         super().__init__()
         self.norm = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)

@@ -30,6 +30,8 @@ class Embedding(nn.Module):
 class ResBlock(nn.Module):
     """x + conv(conv(x)), the second normalised, scaled and shifted by the embedding (Nichol & Dhariwal 2021, §C)."""
 
+    recomputable = True  # with trainer.checkpoint_gradients
+
     def __init__(self, channels: int, embed_dim: int, dropout: float):
         super().__init__()
         self.norm_1, self.conv_1 = _norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
@@ -46,6 +48,8 @@ class ResBlock(nn.Module):
 
 class Attention(nn.Module):
     """x + self-attention over the whole grid."""
+
+    recomputable = True  # with trainer.checkpoint_gradients
 
     def __init__(self, channels: int, heads: int):
         super().__init__()

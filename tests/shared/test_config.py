@@ -188,7 +188,10 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_place(write):
     known = (
         "(known: name, seed, output, data, autoencoder, backbone, diffusion, sampling, optimizer, ema, trainer, logger"
     )
-    trainer = "max_steps, precision, accelerator, channels_last, compile, log_every, validate_every, "
+    trainer = (
+        "max_steps, precision, accelerator, channels_last, compile, checkpoint_gradients, accumulate, "
+        "log_every, validate_every, "
+    )
     assert set(errors(Stage2, ["run.yaml"], ["--seed", "true", "--resum", "never"])) == {
         "base.yaml: backbone.heads: 4 x 6 does not divide width 100",
         "base.yaml: backbone.dept: unknown key; did you mean 'depth'? "

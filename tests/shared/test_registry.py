@@ -136,6 +136,10 @@ def test_the_loss_block_has_the_terms_of_the_loss():
     agree(schema.Loss, parameters)
 
 
+def test_the_regularize_block_has_the_options_of_the_regularizer():
+    agree(schema.Regularize, options_of(import_module("stage1_vqvae.regularize").Regularizer))
+
+
 # --- building ---------------------------------------------------------------------------------------------------------
 
 

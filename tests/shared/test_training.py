@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.config import load_config
 from shared.data.cache import CacheWriter, LensImages
@@ -92,11 +94,25 @@ def killed_at(step: int, with_signal: signal.Signals, config: Stage1) -> subproc
     return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
 
 
+REGULARISED = {
+    "regularize": {"equivariance": 0.5, "latent_noise": 0.3, "bypass": 0.3},
+    "trainer": {**TINY["trainer"], "accumulate": 2, "checkpoint_gradients": True},
+}
+
+
 @pytest.mark.slow
-def test_killed_and_resumed_ends_bit_identical(data: Path, tmp_path: Path) -> None:
-    train(config(data, tmp_path, "whole"))
-    for step in (6, 11):  # between checkpoints, after the codebook was born; behind the last but one
-        broken = config(data, tmp_path, f"killed{step}")
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    # between checkpoints, after the codebook was born; behind the last but one
+    [({}, (6, 11)), (REGULARISED, (6,))],
+    ids=["plain", "regularised, in parts"],
+)
+def test_killed_and_resumed_ends_bit_identical(
+    data: Path, tmp_path: Path, options: dict[str, object], steps: tuple[int, ...]
+) -> None:
+    train(config(data, tmp_path, "whole", **options))
+    for step in steps:
+        broken = config(data, tmp_path, f"killed{step}", **options)
         assert killed_at(step, signal.SIGKILL, broken).returncode == -signal.SIGKILL
         assert not (tmp_path / broken.name / "model").exists()
         assert (tmp_path / broken.name / "metrics.csv").read_text().count("\n") >= 2  # rows up to the last checkpoint
@@ -216,6 +232,39 @@ def test_a_truncated_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
 def test_fewer_images_than_a_batch(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batch"):
         train(config(data, tmp_path, data__batch_size=500))
+
+
+class Waits(TorchDispatchMode):
+    """The steps in which a tensor became a number of Python's: there a host waits for its GPU."""
+
+    def __init__(self, module: StageModule) -> None:
+        super().__init__()
+        self.module, self.steps = module, set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.steps.add(self.module.trainer.global_step)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_host_waits_for_no_gpu_between_rows_of_the_log(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    """Of our own loop; a codebook of vector-quantize-pytorch waits in every step to hear whether one of its codes died."""
+    often = {**TINY["trainer"], "log_every": 6, "validate_every": 12, "checkpoint_every": 12, "accumulate": accumulate}
+    quantizer = {"name": "fsq", "levels": [5, 5, 5, 5, 5]}
+    c = config(data, tmp_path, autoencoder__quantizer=quantizer, trainer=often)
+    waited = []
+
+    def watched(module: StageModule, *rest: Any) -> None:
+        with Waits(module) as waits:
+            fit(module, *rest)
+        waited.append(waits.steps)
+
+    monkeypatch.setattr("stage1_vqvae.pipeline.fit", watched)
+    train(c)
+    assert waited == [{6, 12}]
 
 
 def test_compile_reaches_what_the_loss_calls(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
