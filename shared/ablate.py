@@ -176,12 +176,12 @@ def plan(ablation: Ablation, cell: str, images: "LensImages") -> Record:
 
 def step_flops(config: Stage1, images: "LensImages") -> float:
     """Operations of one training step of the autoencoder; what a loss computes beside it is not counted."""
-    from shared.evaluation import flops
+    from shared.flops import flops
     from shared.registry import build
 
     spec = to_dict(config)["autoencoder"]
     network = build("autoencoder", spec, image_shape=images.image_shape, transform=images.transform).eval()
-    return FORWARD_TO_STEP * sum(flops(network)) * config.data.batch_size
+    return FORWARD_TO_STEP * 1e9 * sum(flops(network).values()) * config.data.batch_size
 
 
 def check_unchanged(folder: Path, cell: str, record: Record | None, planned: Record) -> None:

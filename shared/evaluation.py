@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from shared.autoencoder import Autoencoder
 from shared.checkpoint import require_units
@@ -76,7 +75,7 @@ def halves(reference: LensImages, n: int) -> tuple[np.ndarray, np.ndarray]:
 class Measured:
     """All that is measured of a set of images, collected batch by batch.
 
-    features    {metric: (N, d)} of each network
+    features    {metric: (N, d)} of each network, float32
     summaries   {quantity: (N,)} of shared/metrics/physics.py
     k, power    (K,) [cycles/pixel], (N, K)
     edges       (BINS + 1,) of the histogram `counts` (BINS,) of pixel values, even in what the network sees
@@ -93,7 +92,8 @@ class Measured:
         """images (n, C, H, W), in the data's own units."""
         seen = self.transform.unit(images)
         for network in self.networks:
-            self._collect(f"features {network.metric}", fid.features(network, seen, (0.0, 1.0)))
+            features = fid.features(network, seen, (0.0, 1.0))
+            self._collect(f"features {network.metric}", features.astype(np.float32))  # as the network gave them
         for name, values in physics.summaries(images, (self.transform.low, self.transform.high)).items():
             self._collect(f"summaries {name}", values)
         self.k, power = physics.radial_power_spectrum(images)
@@ -142,19 +142,6 @@ def compare(reference: Measured, real: Measured, candidates: dict[str, Measured]
     pairs = reference.summaries, real.summaries
     compared = {name: physics.compare(*pairs, one.summaries) for name, one in candidates.items()}
     return {"distances": distances, "physics": compared}
-
-
-def flops(autoencoder: Autoencoder) -> tuple[int, int]:
-    """Operations of encoding and of decoding one image, two for a multiplication and addition; one forward pass each."""
-    found = []
-    images = torch.rand(1, *autoencoder.image_shape, device=autoencoder.latent_mean.device)
-    with torch.no_grad():
-        latents = autoencoder.encode(images)  # once before counting: a new codebook starts with the first it meets
-        for call in (lambda: autoencoder.encode(images), lambda: autoencoder.decode(latents, observed=False)):
-            with FlopCounterMode(display=False) as counter:
-                call()
-            found.append(int(counter.get_total_flops()))
-    return found[0], found[1]
 
 
 def finite(tree: Any) -> Any:

@@ -41,13 +41,13 @@ from shared.evaluation import (
     chosen_networks,
     compare,
     finite,
-    flops,
     halves,
     physics_rows,
     score_rows,
     spectra,
 )
 from shared.files import make_folder, write_atomically
+from shared.flops import flops
 from shared.metrics import fid
 from shared.metrics.lens_fit import LensFitter
 from shared.precision import autocast, check_device, choose_device
@@ -306,7 +306,7 @@ def evaluate(
     edges = torch.from_numpy(np.geomspace(min(2 * dark_noise, bright / 4), bright, 24)).float()
     measured = {name: Measured(networks, transform) for name in ("reference", "real", "reconstructions", TRUTH, AGAIN)}
     residuals, noise = Residuals(edges), Residuals(edges)
-    sums, truth_sums, usage = Sums(), Sums(), CodeUsage(max(model.quantizer.codes, 1))
+    sums, truth_sums, indices_met = Sums(), Sums(), list[Tensor]()
     worst = np.zeros(n)
 
     def lit(clean: Tensor) -> Tensor:
@@ -322,7 +322,7 @@ def evaluate(
             indices = other[start : start + BATCH]
             real = reference.batch(indices)
             clean, observed, codes = reconstruct(model, real, start, precision)
-            usage.update(codes)
+            indices_met.append(codes)
             measured["real"].add(real)
             measured["reconstructions"].add(observed)
             variance, bright_pixels = law.variance(clean), lit(clean)
@@ -354,6 +354,7 @@ def evaluate(
                     truth_sums.add(dark_error=error2[~light], dark_noise=noise2[~light], pixels=light.numel())
             bar.update(len(indices))
 
+    counts: list[np.ndarray] = []
     with_truth = (TRUTH, AGAIN) if simulation else ()
     candidates = {name: measured[name] for name in ("reconstructions", *with_truth)}
     scores = compare(measured["reference"], measured["real"], candidates)
@@ -386,13 +387,8 @@ def evaluate(
             "lit_share": truth_sums.ratio("lit", "pixels"),
         }
         metrics["noise"] |= {"true": noise.curve(), "true_correlation": noise.correlation()}
-    counts = np.sort(torch.cat(usage.indices).unique(return_counts=True)[1].numpy())[::-1]
     if model.quantizer.codes:
-        metrics["codes"] = {
-            "codes": model.quantizer.codes,
-            "dead": model.quantizer.codes - len(counts),
-            **usage.compute(),
-        }
+        metrics["codes"], counts = code_use(torch.cat(indices_met), model.quantizer.codes)
     if lens_fits:
         metrics["lens_fits"] = lens_fits.score()
     found = {
@@ -423,6 +419,21 @@ def reconstruct(model: VQVAE, images: Tensor, first: int, precision: str) -> tup
     return clean.contiguous(), observed.contiguous(), codes
 
 
+def code_use(indices: Tensor, codes: int) -> tuple[dict[str, float], list[np.ndarray]]:
+    """indices (N, h, w), or (N, h, w, heads) of several codebooks -> {codes, heads, codes_used, perplexity, dead}, means over
+    the heads and the sum of the dead codes; and of each head how often its codes are used, most first."""
+    heads = (indices if indices.ndim == 4 else indices[..., None]).unbind(-1)
+    used, counts = [], []
+    for head in heads:
+        usage = CodeUsage(codes)
+        usage.update(head)
+        used.append(usage.compute())
+        counts.append(np.sort(head.unique(return_counts=True)[1].numpy())[::-1])
+    metrics = {key: float(np.mean([one[key] for one in used])) for key in ("codes_used", "perplexity")}
+    dead = len(heads) * codes - sum(map(len, counts))
+    return {"codes": codes, "heads": len(heads), **metrics, "dead": dead}, counts
+
+
 @torch.no_grad()
 def noise_law(model: VQVAE, reference: LensImages, precision: str) -> tuple[NoiseLaw, bool]:
     """The model's noise law on the CPU, and True; where it has none one that is fitted to validation images, and False."""
@@ -440,14 +451,13 @@ def noise_law(model: VQVAE, reference: LensImages, precision: str) -> tuple[Nois
 @torch.no_grad()
 def cost(model: VQVAE, images: Tensor, precision: str) -> dict[str, float]:
     """GFLOP an image, two operations for a multiplication and addition, and images a second, of both directions."""
-    device = model.latent_mean.device
+    device, gflop = model.latent_mean.device, flops(model)
     images = images.to(device).contiguous(memory_format=torch.channels_last)
     with autocast(device, precision):
-        encoding, decoding = flops(model)
         latents = model.encode(images)
         return {
-            "encode_gflop": encoding / 1e9,
-            "decode_gflop": decoding / 1e9,
+            "encode_gflop": gflop["encode"],
+            "decode_gflop": gflop["decode"],
             "encoded_per_second": len(images) / seconds(lambda: model.encode(images), device),
             "decoded_per_second": len(images) / seconds(lambda: model.decode(latents), device),
         }
@@ -533,9 +543,11 @@ def noise_figure(noise: dict[str, Any]) -> Image.Image:
     return rasterise(figure)
 
 
-def codes_figure(counts: np.ndarray, codes: dict[str, float]) -> Image.Image:
+def codes_figure(counts: list[np.ndarray], codes: dict[str, float]) -> Image.Image:
     figure, (axes,) = panels(1, width=6)
-    axes.plot(np.arange(1, len(counts) + 1), counts, ".-", ms=3, lw=1)
+    for k, head in enumerate(counts):
+        label = f"head {k + 1}" if len(counts) > 1 else None
+        axes.plot(np.arange(1, len(head) + 1), head, ".-", ms=3, lw=1, label=label)
     axes.axvline(codes["codes"], color="k", ls=":", lw=1, label=f"all {codes['codes']:.0f} codes")
     axes.set(xscale="log", yscale="log", xlabel="code, by use", ylabel="times used")
     axes.set_title(f"{codes['codes_used']:.1%} used, perplexity {codes['perplexity']:.0f}", fontsize=10)

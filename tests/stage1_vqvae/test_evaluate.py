@@ -17,7 +17,7 @@ from shared.evaluation import halves
 from shared.simulate.images import simulate
 from shared.simulate.preset import Preset
 from shared.simulate.run import simulate_to
-from stage1_vqvae.evaluate import Residuals, Simulation, Sums, generators
+from stage1_vqvae.evaluate import Residuals, Simulation, Sums, code_use, generators
 from stage1_vqvae.vqvae import VQVAE
 
 SPEC = {
@@ -220,3 +220,16 @@ def test_similarity_over_batches_is_that_of_all_images() -> None:
     assert 0 < sums.similar("a")["ssim"] < 1
     sums.similarity(target, target, "same")
     assert sums.similar("same") == {"psnr": math.inf, "ssim": pytest.approx(1.0)}
+
+
+def test_codes_are_counted_head_by_head() -> None:
+    one = torch.tensor([0, 0, 0, 1]).reshape(1, 2, 2)
+    other = torch.tensor([0, 1, 2, 3]).reshape(1, 2, 2)
+    metrics, counts = code_use(torch.stack([one, other], -1), 8)
+    entropy = math.log(4) - 0.75 * math.log(3)
+    assert metrics == {
+        "codes": 8, "heads": 2, "codes_used": pytest.approx((2 + 4) / 16), "dead": 10,
+        "perplexity": pytest.approx((math.exp(entropy) + 4) / 2),
+    }  # fmt: skip
+    assert [head.tolist() for head in counts] == [[3, 1], [1, 1, 1, 1]]
+    assert code_use(one, 8)[0]["perplexity"] == pytest.approx(math.exp(entropy))
