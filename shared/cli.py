@@ -1,5 +1,6 @@
 """`lens-ldm COMMAND`: a table of commands, each importing its script only when called."""
 
+import argparse
 import errno
 import sys
 from collections.abc import Callable
@@ -15,9 +16,14 @@ COMMANDS = {
     "train-vqvae": ("stage1_vqvae.train:main", "stage 1; also: python stage1_vqvae/train.py"),
     "train-diffusion": ("stage2_diffusion.train:main", "stage 2; also: python stage2_diffusion/train.py"),
     "sample": ("stage2_diffusion.sample:main", "lenses from a trained model; also: python stage2_diffusion/sample.py"),
+    "evaluate-vqvae": ("stage1_vqvae.evaluate:main", "what stage 1 costs; also: python stage1_vqvae/evaluate.py"),
     "evaluate": (
         "stage2_diffusion.evaluate:main",
         "scores with their floors; also: python stage2_diffusion/evaluate.py",
+    ),
+    "ablate": (
+        "shared.ablate:main",
+        "configs/ablations/NAME.yaml -> every cell trained through both stages, one table",
     ),
     "fit": ("shared.fit:main", "lens models fitted to images: which lenses, and whether they are any"),
 }
@@ -54,6 +60,13 @@ def guard(script: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, and the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def positive(text: str) -> int:
+    """argparse's type of a count."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def _fail(message: str) -> None:

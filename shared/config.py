@@ -144,8 +144,19 @@ def parse_overrides(arguments: Sequence[str]) -> Tree:
                 raise UserError(f"{COMMAND_LINE}: {token}: expected --KEY VALUE or --KEY=VALUE")
             text = queue.pop(0)
         pairs.append((key.split("."), _parse(text, f"{COMMAND_LINE}: {key}")))
+    return _blocks(pairs)
+
+
+def unfold(tree: Mapping[str, Any]) -> Tree:
+    """Dotted keys as blocks, at any depth: {"a.b": 1, "a": {"c.d": 2}} -> {"a": {"b": 1, "c": {"d": 2}}}."""
+    return _blocks([
+        (key.split("."), unfold(value) if isinstance(value, Mapping) else value) for key, value in tree.items()
+    ])  # fmt: skip
+
+
+def _blocks(pairs: list[tuple[list[str], Any]]) -> Tree:
     # Names first: whatever the order, the options given beside a new name are options of that name.
-    pairs.sort(key=lambda pair: pair[0][-1] != "name")
+    pairs = sorted(pairs, key=lambda pair: pair[0][-1] != "name")
     tree: Tree = {}
     for keys, value in pairs:
         for key in reversed(keys):

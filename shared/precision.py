@@ -36,6 +36,16 @@ def choose_device(accelerator: str = "auto") -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def check_device(name: str) -> str:
+    """The value of --device, `auto` or a device of torch. UserError if there is no such device here."""
+    try:
+        if name != "auto":
+            torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name
+
+
 def resolve_precision(precision: str, accelerator: str = "auto") -> str:
     """auto -> bf16 where the hardware multiplies it, else fp32: on a CPU without such units it is slower, not faster."""
     if precision != "auto":

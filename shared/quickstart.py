@@ -64,12 +64,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def simulate(config: Quickstart) -> None:
     from shared.data.cache import LensImages
+    from shared.evaluation import check_count
     from shared.simulate.preset import Preset
     from shared.simulate.run import simulate_to
 
     simulate_to(Path(config.data.path), Preset.load(config.data.preset), config.data.count, config.seed)
     # How many images the test split got is known only now, and not to be found out after training.
-    check_count = script("stage2_diffusion.evaluate", "check_count")
     check_count(LensImages(config.data.path), config.data.path, config.evaluate.count)
 
 

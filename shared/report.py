@@ -17,29 +17,35 @@ from torch import Tensor
 from shared.files import write_atomically
 
 
-def colour(images: Tensor | np.ndarray, value_range: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
-    """(N, C, H, W) -> (N, H, W, 3) uint8: inferno for one channel (the first of several, unless there are three)."""
+def colour(
+    images: Tensor | np.ndarray, value_range: tuple[float, float] = (0.0, 1.0), cmap: str = "inferno"
+) -> np.ndarray:
+    """(N, C, H, W) -> (N, H, W, 3) uint8: `cmap` for one channel (the first of several, unless there are three)."""
     x = torch.as_tensor(np.asarray(images)).float()
     x = ((x - value_range[0]) / (value_range[1] - value_range[0])).clamp(0, 1)
     if x.shape[1] == 3:
         return (x.permute(0, 2, 3, 1) * 255).round().byte().numpy()
-    return np.asarray(matplotlib.colormaps["inferno"](x[:, 0].numpy(), bytes=True)[..., :3])
+    return np.asarray(matplotlib.colormaps[cmap](x[:, 0].numpy(), bytes=True)[..., :3])
 
 
 def grid(
     images: Tensor | np.ndarray, columns: int = 8, value_range: tuple[float, float] = (0.0, 1.0), title: str = ""
 ) -> Image.Image:
     """(N, C, H, W) -> a sheet of pictures, two pixels apart, with a line of text above."""
-    pictures = colour(images, value_range)
+    return sheet(colour(images, value_range), columns, title)
+
+
+def sheet(pictures: np.ndarray, columns: int = 8, title: str = "") -> Image.Image:
+    """`grid` of pictures that have their colours, (N, H, W, 3) uint8."""
     n, height, width, _ = pictures.shape
     columns = min(columns, n)
     rows, gap, top = -(-n // columns), 2, 18 if title else 0
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap + top), (24, 24, 28))
+    page = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap + top), (24, 24, 28))
     for i, picture in enumerate(pictures):
-        sheet.paste(Image.fromarray(picture), ((i % columns) * (width + gap), top + (i // columns) * (height + gap)))
+        page.paste(Image.fromarray(picture), ((i % columns) * (width + gap), top + (i // columns) * (height + gap)))
     if title:
-        ImageDraw.Draw(sheet).text((4, 3), title, fill=(230, 230, 230))
-    return sheet
+        ImageDraw.Draw(page).text((4, 3), title, fill=(230, 230, 230))
+    return page
 
 
 def save_grid(
@@ -50,8 +56,13 @@ def save_grid(
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_text("parameters", json.dumps(metadata))
+    save_picture(path, grid(images, **options), pnginfo=info)
+
+
+def save_picture(path: Path, picture: Image.Image, **options: Any) -> None:
+    """A picture as a PNG, whole or not at all."""
     buffer = io.BytesIO()
-    grid(images, **options).save(buffer, "PNG", pnginfo=info)
+    picture.save(buffer, "PNG", **options)
     write_atomically(path, buffer.getvalue())
 
 

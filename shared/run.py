@@ -71,17 +71,19 @@ class Run:
         if isinstance(tree, dict):
             with contextlib.suppress(UserError):  # a key that this version has added has its default in older runs
                 tree = to_dict(load_config(type(self.config), [], tree))
-        old, new = dict(flatten(tree)), dict(flatten(to_dict(self.config)))
-        changed = [
-            k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(HARMLESS)
-        ]
-        if changed:
-            listed = "; ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in changed[:6])
-            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+        if changed := differences(tree, to_dict(self.config)):
             raise UserError(
-                f"{self.folder} is a run with another configuration ({listed}{more}): "
+                f"{self.folder} is a run with another configuration ({changed}): "
                 "choose another name (--name NEW), delete the folder, or keep its settings to go on with it"
             )
+
+
+def differences(before: Any, after: Any) -> str:
+    """What makes two resolved configs of a stage those of two runs, in words; empty if they are those of one."""
+    old, new = dict(flatten(before)), dict(flatten(after))
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(HARMLESS)]
+    more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+    return "; ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in changed[:6]) + more
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,14 +5,18 @@ names and with the same defaults; a test compares the two. A check of one key ag
 two, as a field validator, so that it is reported together with everything else that is wrong.
 """
 
+import itertools
 import math
+from collections import Counter
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator, model_validator
 
-from shared.config import load_config, merge
+from shared.config import load_config, merge, unfold
+from shared.errors import UserError
 
 Value = TypeVar("Value")
+AnyRun = TypeVar("AnyRun", bound="_Run")
 
 
 def _check(value: Value, fine: bool, what: str) -> Value:
@@ -438,3 +442,96 @@ class Quickstart(Block):
         links["autoencoder"] = f"{stage1.output}/{stage1.name}"
         second = merge({"name": f"{self.name}-stage2", **links}, self.stage2.overrides)
         return stage1, load_config(Stage2, [self.stage2.config], second, label="stage2.overrides")
+
+
+# --- ablations --------------------------------------------------------------------------------------------------------
+
+
+class AblationData(Block):
+    path: str = key("data/quickstart", "prepared data set of every cell", min_length=1)
+
+
+class Budget(Block):
+    """Of training stage 1, the same for every cell; neither: as the configs say."""
+
+    steps: int | None = key(None, "optimiser steps", ge=1)
+    tflop: float | None = key(
+        None, "10^12 operations, three times those of the forward passes: fair to small nets", gt=0
+    )
+
+    @field_validator("tflop")
+    @classmethod
+    def _one(cls, tflop: float | None, info: ValidationInfo) -> float | None:
+        return _check(tflop, tflop is None or info.data.get("steps") is None, "steps or tflop, not both")
+
+
+class AblationScores(Block):
+    count: int | None = key(None, "test images a side, of both stages; null: half of the test split", ge=2)
+    steps: int | None = key(None, "network evaluations a sample; null: as the model of stage 2 says", ge=1)
+    fit: int = key(0, "lens fits of reconstructions, of preset deeplense; 0: none", ge=0)
+
+
+Overrides = dict[str, Any]
+
+
+class Ablation(Block):
+    """Cells that differ in a few keys: each is trained through both stages and scored, one row of a table."""
+
+    name: Name = key("ablation", "the results and the runs of all cells are in <output>/<name>")
+    seed: int = key(0, "of both stages of every cell", ge=0, lt=2**32)
+    output: str = key("checkpoints", "folder of runs", min_length=1)
+    data: AblationData = AblationData()
+    stage1: QuickstartStage = QuickstartStage(config="stage1/quickstart.yaml")
+    stage2: QuickstartStage | None = QuickstartStage(config="stage2/quickstart.yaml")
+    budget: Budget = Budget()
+    evaluate: AblationScores = AblationScores()
+    cells: dict[Name, Overrides] = key(
+        {}, "name: keys of stage 1 to change, dotted or in blocks; of stage 2 in `stage2`"
+    )
+    cross: dict[str, dict[Name, Overrides]] = key({}, "factor: level: such keys; all combinations of levels are cells")
+
+    @field_validator("cross")
+    @classmethod
+    def _some(cls, cross: dict[str, dict[str, Overrides]], info: ValidationInfo) -> dict[str, dict[str, Overrides]]:
+        cells, levels = info.data.get("cells", {}), list(cross.values())
+        names = ["-".join(names) for names in itertools.product(*levels)] if levels else []
+        twice = [name for name, n in Counter([*names, *cells]).items() if n > 1]
+        _check(cross, not twice, f"two cells are called {', '.join(twice)}: rename a cell or a level")
+        return _check(cross, bool(names or cells), "there are no cells: write some under `cells` or `cross`")
+
+    def overrides(self) -> dict[str, Overrides]:
+        """Every cell by name, with what it changes, in blocks."""
+        found = {name: unfold(cell) for name, cell in self.cells.items()}
+        for chosen in itertools.product(*(factor.items() for factor in self.cross.values())) if self.cross else ():
+            cell: Overrides = {}
+            for _, level in chosen:
+                cell = merge(cell, unfold(level))
+            found["-".join(name for name, _ in chosen)] = cell
+        return found
+
+    def stages(self, cell: str, max_steps: int | None = None) -> tuple[Stage1, Stage2 | None]:
+        """The configs of a cell; max_steps takes the place of the budget's steps. UserError as from `load_config`."""
+        changes = self.overrides()[cell]
+        folder = f"{self.output}/{self.name}"
+        links: Overrides = {"seed": self.seed, "output": folder, "data": {"path": self.data.path}}
+        steps = max_steps or self.budget.steps
+        budget: Overrides = {"trainer": {"max_steps": steps}} if steps else {}
+
+        def resolved(
+            schema: type[AnyRun], stage: QuickstartStage, more: Overrides, change: Overrides, label: str
+        ) -> AnyRun:
+            base = load_config(schema, [stage.config], merge(unfold(stage.overrides), more), label=label)
+            # Over the whole base, whose blocks say their names, so that another name replaces all of a block.
+            return load_config(schema, [], merge(base.model_dump(mode="json"), change), label=f"cell {cell}, {label}")
+
+        second = unfold(changes.pop("stage2", {}))
+        for change in (changes, second):
+            if own := [k for k in ("name", "output") if k in change] + ["data.path"] * (
+                "path" in change.get("data", {})
+            ):
+                raise UserError(f"cell {cell}: {own[0]} is the same for all cells: say it once, above `cells`")
+        stage1 = resolved(Stage1, self.stage1, {"name": f"{cell}-stage1", **merge(links, budget)}, changes, "stage1")
+        if self.stage2 is None:
+            return stage1, None
+        links |= {"name": f"{cell}-stage2", "autoencoder": f"{stage1.output}/{stage1.name}"}
+        return stage1, resolved(Stage2, self.stage2, links, second, "stage2")

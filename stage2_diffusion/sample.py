@@ -21,9 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared.checkpoint import versions
-from shared.cli import guard
+from shared.cli import guard, positive
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
+from shared.files import make_folder
+from shared.precision import check_device
 from shared.registry import names
 from shared.report import save_grid
 from stage2_diffusion.generator import Generator
@@ -109,30 +111,6 @@ def save_samples(folder: Path, images: Tensor, seeds: range, metadata: dict[str,
         raise UserError(f"cannot write the samples to {folder}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "permission denied")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
-
-
-def check_device(name: str) -> str:
-    try:
-        if name != "auto":
-            torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return name
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def above_zero(text: str) -> float:

@@ -115,6 +115,21 @@ def test_evaluation_measures_on_the_scale_of_the_data(kind: str) -> None:
     assert f"{transform.low:g} to {transform.high:g}, {transform.stretched}." in report
 
 
+def test_stage_1_is_scored_in_the_datas_units(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate-vqvae", "checkpoints/one", "--reference", "data", "--count", "60", "--device", "cpu"])
+    assert capsys.readouterr().out.count("no clean truth") == 1  # these were not simulated by us
+    metrics = json.loads(Path("checkpoints/one/evaluation/metrics.json").read_text())
+    assert metrics["truth"] is None
+    assert metrics["observed"]["psnr"] == pytest.approx(read_config("checkpoints/one")["metrics"]["psnr"], abs=1.0)
+    assert metrics["noise"]["background"] == pytest.approx(SKY[kind], rel=0.05)
+    curve = metrics["noise"]["residuals"]
+    bins = [(s, v) for n, s, v in zip(curve["pixels"], curve["signal"], curve["variance"], strict=True) if n > 1000]
+    assert len(bins) >= 3
+    for signal, variance in bins:
+        light = SKY[kind] + signal
+        assert 0.8 < variance / (READ**2 + light / GAIN[kind]) < 1.6, signal
+
+
 def refused(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
         main(command)

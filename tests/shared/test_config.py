@@ -15,11 +15,11 @@ from pydantic import BaseModel
 
 from shared.config import CONFIGS, find_config, load_config, parse_arguments, to_dict, to_yaml
 from shared.errors import UserError
-from shared.schema import DiT, Quickstart, Stage1, Stage2, UNet
+from shared.schema import Ablation, DiT, Quickstart, Stage1, Stage2, UNet
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml") if p.parent.name != "simulate")
-SCHEMAS: dict[str, type[BaseModel]] = {"stage1": Stage1, "stage2": Stage2, "": Quickstart}
+SCHEMAS: dict[str, type[BaseModel]] = {"stage1": Stage1, "stage2": Stage2, "ablations": Ablation, "": Quickstart}
 MINIMAL = "name: run\nautoencoder: pixels\ndata: {path: data/x}\n"
 
 
@@ -419,7 +419,8 @@ def test_a_path_as_given_comes_first(write, tmp_path):
     [
         ("stage2/untt.yaml", "; did you mean 'stage2/unet.yaml'?"),
         ("vqve", "; did you mean 'stage1/vqvae.yaml'?"),
-        ("stage1", ""),  # a folder
+        ("stage1", "; did you mean 'ablations/stage1.yaml'?"),  # beside it there is a folder of that name
+        ("stage2", ""),  # a folder
         ("/nowhere/xyzzy.yaml", ""),
     ],
 )
@@ -537,7 +538,13 @@ def differences(schema, one: str, other: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("schema", "file"), [(Stage1, "stage1/vqvae.yaml"), (Stage2, "stage2/unet.yaml"), (Quickstart, "quickstart.yaml")]
+    ("schema", "file"),
+    [
+        (Stage1, "stage1/vqvae.yaml"),
+        (Stage2, "stage2/unet.yaml"),
+        (Quickstart, "quickstart.yaml"),
+        (Ablation, "ablations/stage1.yaml"),
+    ],
 )
 def test_a_reference_lists_every_key_of_its_schema(schema, file):
     written = flatten(yaml.safe_load((CONFIGS / file).read_text()))

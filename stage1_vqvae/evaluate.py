@@ -1,0 +1,636 @@
+"""Score a published autoencoder on images it has never seen.
+
+lens-ldm evaluate-vqvae checkpoints/vqvae --reference data/lenses
+python stage1_vqvae/evaluate.py checkpoints/vqvae --reference data/lenses --count 500 --fit 100
+
+One half of the test split is reconstructed and compared with the other half: the distance between the two is the floor.
+Where the data set is a simulation, its clean images are made again, and reconstructions are judged by them. Writes
+metrics.json, report.html and its pictures: reconstructions.png, worst.png, noise.png, spectra.png, codes.png.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from scipy import stats
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+from tqdm import tqdm
+
+from shared.checkpoint import build_autoencoder, load, versions
+from shared.cli import guard, positive
+from shared.data.cache import LensImages
+from shared.data.normalise import PixelTransform, hint, sky
+from shared.errors import UserError
+from shared.evaluation import (
+    BATCH,
+    Measured,
+    add_options,
+    check_reference,
+    chosen_networks,
+    compare,
+    finite,
+    halves,
+    physics_rows,
+    score_rows,
+    spectra,
+)
+from shared.files import make_folder, write_atomically
+from shared.flops import flops
+from shared.metrics import fid
+from shared.metrics.lens_fit import LensFitter
+from shared.precision import autocast, check_device, choose_device
+from shared.report import Report, colour, grid, loss_curves, panels, rasterise, save_picture, sheet
+from shared.simulate.images import observe, render
+from shared.simulate.preset import Preset, draw_parameters
+from stage1_vqvae.noise import NoiseLaw
+from stage1_vqvae.quantizers import CodeUsage
+from stage1_vqvae.vqvae import VQVAE
+
+LIT = 0.1  # of full scale, as the network sees it, above the background: the pixels that a lens lights
+NOISE_SEEDS = 1 << 31  # of the reconstructions' pixel noise
+LAGS = 5
+FITTED_TO = 512  # validation images, where a model has no noise law and one must be fitted here
+SHOWN, WORST = 8, 16
+TIMED = 1.0  # seconds
+SIGMAS = 5.0  # the range of residuals in pictures
+TRUTH, AGAIN = "truth + fitted noise", "truth + new noise"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "lens-ldm evaluate-vqvae", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model", help="folder of a stage-1 run or of a published autoencoder")
+    add_options(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
+    parser.add_argument(
+        "--fit", type=positive, metavar="N", help="fit lens models to N reconstructions; 0.4 s each on a CPU"
+    )
+    parser.add_argument("--preset", default="deeplense", help="of those lens models (default %(default)s)")
+    a = parser.parse_args(argv)
+
+    # Whatever can be wrong is found before the first minute of work.
+    networks = chosen_networks(a)
+    device = check_device(a.device)
+    config, state = load(a.model, "autoencoder")
+    model = cast(VQVAE, build_autoencoder(config["autoencoder"], state))
+    model.to(choose_device() if device == "auto" else device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    reference = LensImages(a.reference)
+    count = check_reference(model, reference, a.reference, a.count, config["data"]["name"])
+    fitted = LensShare(a.preset, reference, min(a.fit, count)) if a.fit else None
+    out = a.out or Path(a.model) / "evaluation"
+    make_folder(out)
+
+    metrics, found = evaluate(model, reference, count, networks, config["precision"], fitted)
+    about = {"model": a.model, "weights_sha256": config["sha256"], "reference": str(a.reference)}
+    metrics = finite({**about, **metrics, "versions": versions()})
+    pictures = draw(metrics, found)
+    for name, picture in pictures.items():
+        save_picture(out / f"{name}.png", picture)
+    report(metrics, pictures, config, Path(a.model)).write(out / "report.html")
+    # Last, so that whoever finds it finds all of the rest.
+    write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+    for rows in (score_rows(metrics), quality_rows(metrics)):
+        print("\n".join(" ".join(f"{x:>20}" if k else f"{x:38}" for k, x in enumerate(row)) for row in rows), "\n")
+    print(f"{out / 'metrics.json'}, {out / 'report.html'}")
+
+
+# --- the clean truth --------------------------------------------------------------------------------------------------
+
+
+class Simulation:
+    """Makes the images of a simulated data set again, with the clean ones beside them."""
+
+    def __init__(self, reference: LensImages) -> None:
+        """UserError, one line that says why, if the data set does not know how it was simulated."""
+        source = reference.index["source"]
+        if not isinstance(source, dict) or source.get("kind") != "simulation":
+            raise UserError("no clean truth: these images were not simulated by `lens-ldm simulate`")
+        try:
+            preset = dict(source["preset"])
+            if source.get("classes"):  # their order decides who is who
+                preset["classes"] = {name: preset["classes"][name] for name in source["classes"]}
+            self.preset, self.seed = Preset(**preset), int(source["seed"])
+            self.first = int(source.get("part", {}).get("start", 0))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"no clean truth: the preset of the simulation cannot be read ({reason})") from error
+        self.tolerance = 1e-3 * (reference.transform.high - reference.transform.low)
+
+    def __call__(self, indices: np.ndarray, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Places in the data set (n,), and the images there (n, C, H, W) -> their clean light, and other exposures of it.
+
+        UserError if an image is not what the simulation makes at its place: then its truth would be another lens's.
+        """
+        places = [int(i) + self.first for i in indices]
+        parameters = draw_parameters(self.preset, self.seed, places)
+        light, exposure = render(self.preset, parameters), parameters.get("exposure")
+        observed, clean = observe(self.preset, light, self.seed, places, exposure)
+        # Of one made on another device, the rounding of some photon counts may differ.
+        same = observed.shape == images.shape and (
+            ((observed - images).abs() > self.tolerance).flatten(1).double().mean(1) < 0.01
+        )
+        if not torch.as_tensor(same).all():
+            raise UserError("no clean truth: images are not those that the data set's simulation makes at their places")
+        again = observe(self.preset, light, self.seed ^ NOISE_SEEDS, places, exposure)[0]
+        return clean, again
+
+
+# --- sums over pixels -------------------------------------------------------------------------------------------------
+
+
+class Residuals:
+    """What is left of images when a clean version is taken off: its variance against the signal, and how its pixels are
+    correlated with their neighbours. White noise has no correlation.
+
+    edges   (B - 1,) between B bins of the signal above the background; the first bin is all that is darker
+    """
+
+    def __init__(self, edges: Tensor) -> None:
+        self.edges = edges
+        self.bins = torch.zeros(5, len(edges) + 1, dtype=torch.float64)  # pixels, signal, residual, its square, the law
+        self.pairs = torch.zeros(2, 2, LAGS + 1, 2, dtype=torch.float64)  # all or lit, x or y, lag: products, pairs
+
+    def add(self, signal: Tensor, residual: Tensor, variance: Tensor, lit: Tensor) -> None:
+        """Each (N, C, H, W), on the CPU: signal above the background, residual, its expected variance, which are lit."""
+        where = torch.bucketize(signal.flatten(), self.edges)
+        values = (torch.ones_like(signal), signal, residual, residual.square(), variance)
+        for row, value in zip(self.bins, values, strict=True):
+            row += torch.bincount(where, value.flatten().double(), len(row))
+        z = residual / variance.clamp_min(1e-60).sqrt()
+        for axis, dim in enumerate((-1, -2)):
+            for lag in range(min(LAGS, z.shape[dim] - 1) + 1):
+                n = z.shape[dim] - lag
+                products = z.narrow(dim, 0, n) * z.narrow(dim, lag, n)
+                both = lit.narrow(dim, 0, n) & lit.narrow(dim, lag, n)
+                for k, chosen in enumerate((products, products[both])):
+                    self.pairs[k, axis, lag] += torch.tensor([float(chosen.double().sum()), chosen.numel()])
+
+    def curve(self) -> dict[str, list[float]]:
+        """Of each bin with pixels: their number, mean signal, variance and mean of the residual, mean of the law."""
+        count, signal, mean, square, law = self.bins[:, self.bins[0] > 1]
+        values = {
+            "pixels": count,
+            "signal": signal / count,
+            "variance": square / count - (mean / count).square(),
+            "bias": mean / count,
+            "law": law / count,
+        }
+        return {key: value.tolist() for key, value in values.items()}
+
+    def correlation(self) -> dict[str, dict[str, list[float]]]:
+        """{all, lit: {x, y: at lags 1 ... LAGS}} of residuals in units of their noise."""
+        mean = self.pairs[..., 0] / self.pairs[..., 1]
+        rho = mean[..., 1:] / mean[..., :1]
+        return {
+            name: {axis: rho[k, j].tolist() for j, axis in enumerate("xy")} for k, name in enumerate(("all", "lit"))
+        }
+
+
+class Sums(defaultdict[str, float]):
+    """Sums over pixels by name, in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__(float)
+
+    def add(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            self[name] += float(value.double().sum()) if isinstance(value, Tensor) else value
+
+    def ratio(self, over: str, under: str) -> float:
+        return self[over] / self[under] if self[under] else math.nan
+
+    def similarity(self, output: Tensor, target: Tensor, name: str) -> None:
+        """output, target (N, C, H, W) in [0, 1]."""
+        alike = float(cast(Tensor, ssim(output, target, data_range=1.0)))
+        self.add(**{f"{name} mse": float((output - target).double().square().sum()), f"{name} pixels": output.numel()})
+        self.add(**{f"{name} ssim": alike * len(output), f"{name} images": len(output)})
+
+    def similar(self, name: str) -> dict[str, float]:
+        mse = self.ratio(f"{name} mse", f"{name} pixels")
+        psnr = -10 * math.log10(mse) if mse > 0 else math.inf
+        return {"psnr": psnr, "ssim": self.ratio(f"{name} ssim", f"{name} images")}
+
+
+# --- lens fits --------------------------------------------------------------------------------------------------------
+
+
+class LensShare:
+    """Which share of images are lenses at the level of their noise, by a lens fit of the first n that a preset can make.
+
+    UserError if there is no such preset, or if it makes images of another size.
+    """
+
+    def __init__(self, name: str, reference: LensImages, n: int) -> None:
+        preset = Preset.load(name)
+        if reference.image_shape != (1, preset.pixels, preset.pixels):
+            made = (1, preset.pixels, preset.pixels)
+            raise UserError(f"--preset {name} makes images {made}, {reference.path} has {reference.image_shape}")
+        kind, classes = next(iter(preset.classes), None), reference.index.get("classes") or []
+        self.places = np.arange(len(reference))
+        if kind in classes:
+            self.places = np.flatnonzero(np.asarray(reference.index["labels"]) == classes.index(kind))
+        self.preset, self.n, self.fitter = name, n, LensFitter(preset, kind=kind)
+        self.images: dict[str, list[Tensor]] = {}
+
+    def add(self, indices: np.ndarray, **sets: Tensor) -> None:
+        """Images (n, C, H, W) of each set, at these places of the data set; what is not needed is not kept."""
+        missing = self.n - sum(map(len, next(iter(self.images.values()), [])))
+        chosen = np.flatnonzero(np.isin(indices, self.places))[: max(0, missing)]
+        for name, images in sets.items():
+            self.images.setdefault(name, []).append(images[chosen])
+
+    def score(self) -> dict[str, Any]:
+        """{n, preset, of each set: share of lenses, its 95 % interval (Wilson), median chi2 per pixel and per lit pixel}."""
+        result: dict[str, Any] = {"preset": self.preset}
+        for name, parts in self.images.items():
+            images = torch.cat(parts)[: self.n]
+            if not len(images):
+                raise UserError(f"--fit: none of the test images is of the first class of preset {self.preset}")
+            fits = self.fitter.fit(images, progress=True)
+            good = int(fits.consistent().sum())
+            interval = stats.binomtest(good, len(images)).proportion_ci(method="wilson")
+            result["n"] = len(images)
+            result[name] = {
+                "share": good / len(images),
+                "interval": [float(interval.low), float(interval.high)],
+                "chi2": float(np.median(fits.chi2)),
+                "chi2_lit": float(np.median(fits.chi2_lit)),
+            }
+        return result
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    model: VQVAE,
+    reference: LensImages,
+    n: int,
+    networks: list[fid.Network],
+    precision: str = "fp32",
+    lens_fits: LensShare | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Score reconstructions of n test images against n others -> metrics, and what pictures are drawn from.
+
+    One pass over the images, BATCH at a time: memory does not grow with them.
+    """
+    transform = reference.transform
+    if advice := hint(transform, reference.index["statistics"]):
+        print(f"warning: {advice}", file=sys.stderr)
+    half, other = halves(reference, n)
+    simulation: Simulation | None = None
+    try:
+        simulation = Simulation(reference)
+    except UserError as error:
+        print(error)
+
+    # Of the data and not of the model: pixels that are lit are the same for every model.
+    background = float(np.median(sky(reference.batch(other[:256]).numpy())[0]))
+    law, own_law = noise_law(model, reference, precision)
+    dark_noise = float(law.variance(torch.tensor(background)).sqrt())
+    bright = transform.high - background
+    edges = torch.from_numpy(np.geomspace(min(2 * dark_noise, bright / 4), bright, 24)).float()
+    measured = {name: Measured(networks, transform) for name in ("reference", "real", "reconstructions", TRUTH, AGAIN)}
+    residuals, noise = Residuals(edges), Residuals(edges)
+    sums, truth_sums, indices_met = Sums(), Sums(), list[Tensor]()
+    worst = np.zeros(n)
+
+    def lit(clean: Tensor) -> Tensor:
+        level = transform.stretch(torch.tensor(background))
+        return transform.stretch(clean) - level > LIT * transform.span
+
+    with tqdm(total=2 * n, desc="scoring", unit="image", disable=None, leave=False) as bar:
+        for start in range(0, n, BATCH):
+            indices = half[start : start + BATCH]
+            measured["reference"].add(reference.batch(indices))
+            bar.update(len(indices))
+        for start in range(0, n, BATCH):
+            indices = other[start : start + BATCH]
+            real = reference.batch(indices)
+            clean, observed, codes = reconstruct(model, real, start, precision)
+            indices_met.append(codes)
+            measured["real"].add(real)
+            measured["reconstructions"].add(observed)
+            variance, bright_pixels = law.variance(clean), lit(clean)
+            residual = real - clean
+            residuals.add(clean - background, residual, variance, bright_pixels)
+            sums.similarity(transform.unit(clean), transform.unit(real), "observed")
+            sums.add(residual=residual[bright_pixels].square(), law=variance[bright_pixels])
+            chi2 = residual.square() / variance.clamp_min(1e-60)
+            # An image that lights nothing is judged by all of its pixels.
+            seen = bright_pixels | ~bright_pixels.flatten(1).any(1)[:, None, None, None]
+            worst[start : start + len(indices)] = (chi2 * seen).flatten(1).sum(1) / seen.flatten(1).sum(1)
+            if lens_fits:
+                lens_fits.add(indices, real=real, reconstructions=observed)
+            if simulation:
+                try:
+                    truth, again = simulation(indices, real)
+                except UserError as error:
+                    print(error)
+                    simulation = None
+                else:
+                    seeds = generators(start, len(truth))
+                    measured[TRUTH].add(model.observe(truth.to(model.latent_mean.device), seeds).cpu())
+                    measured[AGAIN].add(again)
+                    light = lit(truth)
+                    noise.add(truth - background, real - truth, law.variance(truth), light)
+                    truth_sums.similarity(transform.unit(clean), transform.unit(truth), "truth")
+                    error2, noise2 = (clean - truth).square(), (real - truth).square()
+                    truth_sums.add(lit_error=error2[light], lit_noise=noise2[light], lit=light)
+                    truth_sums.add(dark_error=error2[~light], dark_noise=noise2[~light], pixels=light.numel())
+            bar.update(len(indices))
+
+    counts: list[np.ndarray] = []
+    with_truth = (TRUTH, AGAIN) if simulation else ()
+    candidates = {name: measured[name] for name in ("reconstructions", *with_truth)}
+    scores = compare(measured["reference"], measured["real"], candidates)
+    ratio = measured["reconstructions"].power.mean(0) / measured["real"].power.mean(0)
+    metrics: dict[str, Any] = {
+        "n": n,
+        **transform.to_config(),
+        "precision": precision,
+        "latent_shape": list(model.latent_shape),
+        "distances": scores["distances"],
+        "truth": None,
+        "observed": sums.similar("observed") | {"clean_error_over_noise": sums.ratio("residual", "law") - 1},
+        "physics": scores["physics"],
+        "spectrum": {"k": measured["real"].k.tolist(), "ratio": ratio.tolist()},
+        "noise": {
+            "law": {name: value.tolist() for name, value in law.state_dict().items()},
+            "of_the_model": own_law,
+            "background": background,
+            "residuals": residuals.curve(),
+            "correlation": residuals.correlation(),
+        },
+        "codes": None,
+        "worst": {"index": other[np.argsort(-worst)[:WORST]].tolist(), "chi2_lit": np.sort(worst)[::-1][:WORST].tolist()},
+        "cost": cost(model, reference.batch(other[:BATCH]), precision),
+    }  # fmt: skip
+    if simulation:
+        metrics["truth"] = truth_sums.similar("truth") | {
+            "lit_error_over_noise": truth_sums.ratio("lit_error", "lit_noise"),
+            "dark_error_over_noise": truth_sums.ratio("dark_error", "dark_noise"),
+            "lit_share": truth_sums.ratio("lit", "pixels"),
+        }
+        metrics["noise"] |= {"true": noise.curve(), "true_correlation": noise.correlation()}
+    if model.quantizer.codes:
+        metrics["codes"], counts = code_use(torch.cat(indices_met), model.quantizer.codes)
+    if lens_fits:
+        metrics["lens_fits"] = lens_fits.score()
+    found = {
+        "sets": {name: measured[name] for name in ("real", *candidates)},
+        "codes": counts,
+        "shown": pictured(model, reference, other[:SHOWN], precision),
+        "worst": pictured(model, reference, np.array(metrics["worst"]["index"]), precision),
+        "variance": law.variance,
+    }
+    return metrics, found
+
+
+def generators(first: int, count: int) -> list[torch.Generator]:
+    """Of the pixel noise of reconstructions first ... first + count - 1: one an image, whatever the batch."""
+    return [torch.Generator().manual_seed(NOISE_SEEDS + first + k) for k in range(count)]
+
+
+@torch.no_grad()
+def reconstruct(model: VQVAE, images: Tensor, first: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """images (n, C, H, W) -> clean and observed reconstructions, codes (n, h, w) or (n, h, w, heads), on the CPU."""
+    device = model.latent_mean.device
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    with autocast(device, precision):
+        latents = model.encode(images)
+        clean = model.decode(latents, observed=False).float().cpu()
+        observed = model.decode(latents, generator=generators(first, len(images))).float().cpu()
+        codes = model(model.transform(images))[1].cpu()
+    return clean.contiguous(), observed.contiguous(), codes
+
+
+def code_use(indices: Tensor, codes: int) -> tuple[dict[str, float], list[np.ndarray]]:
+    """indices (N, h, w), or (N, h, w, heads) of several codebooks -> {codes, heads, codes_used, perplexity, dead}, means over
+    the heads and the sum of the dead codes; and of each head how often its codes are used, most first."""
+    heads = (indices if indices.ndim == 4 else indices[..., None]).unbind(-1)
+    used, counts = [], []
+    for head in heads:
+        usage = CodeUsage(codes)
+        usage.update(head)
+        used.append(usage.compute())
+        counts.append(np.sort(head.unique(return_counts=True)[1].numpy())[::-1])
+    metrics = {key: float(np.mean([one[key] for one in used])) for key in ("codes_used", "perplexity")}
+    dead = len(heads) * codes - sum(map(len, counts))
+    return {"codes": codes, "heads": len(heads), **metrics, "dead": dead}, counts
+
+
+@torch.no_grad()
+def noise_law(model: VQVAE, reference: LensImages, precision: str) -> tuple[NoiseLaw, bool]:
+    """The model's noise law on the CPU, and True; where it has none one that is fitted to validation images, and False."""
+    law = deepcopy(model.noise).cpu()
+    middle = torch.tensor((reference.transform.low + reference.transform.high) / 2)
+    if bool(law.variance(middle) > 0):
+        return law, True
+    held_out = reference.split("validation")[:FITTED_TO]
+    real = reference.batch(held_out if len(held_out) else reference.split("test")[:FITTED_TO])
+    law = NoiseLaw()
+    law.fit(real, torch.cat([reconstruct(model, batch, 0, precision)[0] for batch in real.split(BATCH)]))
+    return law, False
+
+
+@torch.no_grad()
+def cost(model: VQVAE, images: Tensor, precision: str) -> dict[str, float]:
+    """GFLOP an image, two operations for a multiplication and addition, and images a second, of both directions."""
+    device, gflop = model.latent_mean.device, flops(model)
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    with autocast(device, precision):
+        latents = model.encode(images)
+        return {
+            "encode_gflop": gflop["encode"],
+            "decode_gflop": gflop["decode"],
+            "encoded_per_second": len(images) / seconds(lambda: model.encode(images), device),
+            "decoded_per_second": len(images) / seconds(lambda: model.decode(latents), device),
+        }
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The median over TIMED seconds of calls, after one that warms up."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    once()
+    taken: list[float] = []
+    while sum(taken) < TIMED:
+        taken.append(once())
+    return float(np.median(taken))
+
+
+# --- pictures and the report ------------------------------------------------------------------------------------------
+
+
+def pictured(model: VQVAE, reference: LensImages, indices: np.ndarray, precision: str) -> tuple[Tensor, ...]:
+    """Images, their clean and their observed reconstructions, each (n, C, H, W)."""
+    real = reference.batch(indices)
+    return real, *reconstruct(model, real, 0, precision)[:2]
+
+
+def draw(metrics: dict[str, Any], found: dict[str, Any]) -> dict[str, Image.Image]:
+    """The pictures by name, in the order of the report."""
+    transform = PixelTransform.from_config(metrics)
+    real, clean, observed = found["shown"]
+    rows = transform.unit(torch.cat([real, observed, clean]))
+    title = "test images, none picked; their reconstructions, observed; the same, clean"
+    pictures = {"reconstructions": grid(rows, SHOWN, title=title)}
+    real, clean, _ = found["worst"]
+    sigma = found["variance"](clean).clamp_min(1e-60).sqrt()
+    parts = []
+    for start in range(0, len(real), SHOWN):
+        part = slice(start, start + SHOWN)
+        parts += [colour(transform.unit(images[part])) for images in (real, clean)]
+        # Purple and orange: told apart by whoever cannot tell red from green.
+        parts.append(colour(((real - clean) / sigma)[part], (-SIGMAS, SIGMAS), "PuOr_r"))
+    chi2 = ", ".join(f"{value:.2f}" for value in metrics["worst"]["chi2_lit"][:SHOWN])
+    title = f"image, clean reconstruction, residual +-{SIGMAS:g} sigma; chi2 per lit pixel {chi2}, ..."
+    pictures["worst"] = sheet(np.concatenate(parts), min(SHOWN, len(real)), title)
+    pictures["noise"] = noise_figure(metrics["noise"])
+    pictures["spectra"] = spectra(found["sets"])
+    if metrics["codes"]:
+        pictures["codes"] = codes_figure(found["codes"], metrics["codes"])
+    return pictures
+
+
+def noise_figure(noise: dict[str, Any]) -> Image.Image:
+    """Variance against signal, its ratio to the law, and correlations of the residuals."""
+    figure, (variance, ratio, correlation) = panels(3, width=4.4)
+    sets = {"residuals": ("residuals", "correlation", "C0"), "true noise": ("true", "true_correlation", "k")}
+    for name, (curve, pairs, style) in sets.items():
+        if curve not in noise:
+            continue
+        c = {key: np.asarray(values, float) for key, values in noise[curve].items()}
+        few = c["pixels"] > 30
+        variance.plot(c["signal"][few], c["variance"][few], "o-", ms=3, lw=1, color=style, label=name)
+        ratio.plot(c["signal"][few], (c["variance"] / c["law"])[few], "o-", ms=3, lw=1, color=style, label=name)
+        if name == "residuals":
+            variance.plot(c["signal"][few], c["law"][few], "--", color="C1", label="the law")
+        for where, marker in (("all", "o"), ("lit", "s")):
+            for axis, line in (("x", "-"), ("y", ":")):
+                values = noise[pairs][where][axis]
+                lags = range(1, len(values) + 1)
+                label = f"{name}, {where} pixels, {axis}"
+                correlation.plot(lags, np.asarray(values, float), marker + line, ms=3, lw=1, color=style, label=label)
+    variance.set(title="variance of a pixel", xlabel="signal above the background", xscale="log", yscale="log")
+    ratio.set(title="over the law", xlabel="signal above the background", xscale="log")
+    ratio.axhline(1, color="C1", ls="--", lw=1)
+    correlation.set(title="correlation with neighbours", xlabel="pixels apart", xticks=range(1, LAGS + 1))
+    correlation.axhline(0, color="k", lw=0.6)
+    for axes in (variance, ratio, correlation):
+        axes.legend(fontsize=6, framealpha=0.4)
+    return rasterise(figure)
+
+
+def codes_figure(counts: list[np.ndarray], codes: dict[str, float]) -> Image.Image:
+    figure, (axes,) = panels(1, width=6)
+    for k, head in enumerate(counts):
+        label = f"head {k + 1}" if len(counts) > 1 else None
+        axes.plot(np.arange(1, len(head) + 1), head, ".-", ms=3, lw=1, label=label)
+    axes.axvline(codes["codes"], color="k", ls=":", lw=1, label=f"all {codes['codes']:.0f} codes")
+    axes.set(xscale="log", yscale="log", xlabel="code, by use", ylabel="times used")
+    axes.set_title(f"{codes['codes_used']:.1%} used, perplexity {codes['perplexity']:.0f}", fontsize=10)
+    axes.legend(fontsize=8)
+    return rasterise(figure)
+
+
+def quality_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    """The table of single numbers, header first; what is not known is left out."""
+    rows = [["what", "value"]]
+
+    def row(what: str, value: float | None, form: str) -> None:
+        if value is not None:
+            rows.append([what, format(value, form)])
+
+    for against, what in (("truth", "the clean truth"), ("observed", "the observed images")):
+        if scores := metrics[against]:
+            row(f"PSNR to {what} [dB]", scores["psnr"], ".2f")
+            row(f"SSIM to {what}", scores["ssim"], ".4f")
+    if truth := metrics["truth"]:
+        row(f"clean error / noise, lit ({truth['lit_share']:.1%})", truth["lit_error_over_noise"], ".4f")
+        row("clean error / noise, dark", truth["dark_error_over_noise"], ".4f")
+    row("clean error / noise, without truth", metrics["observed"]["clean_error_over_noise"], ".4f")
+    if codes := metrics["codes"]:
+        row("codes used", codes["codes_used"], ".1%")
+        row("perplexity", codes["perplexity"], ".1f")
+        row("codes never used", codes["dead"], "d")
+    for name in ("real", "reconstructions"):
+        if fits := metrics.get("lens_fits"):
+            row(f"lenses at the noise level, {name} (n = {fits['n']})", fits[name]["share"], ".1%")
+    for name, form in (("encode_gflop", ".3f"), ("decode_gflop", ".3f"), ("encoded_per_second", ".0f"),
+                       ("decoded_per_second", ".0f")):  # fmt: skip
+        row(name.replace("_", " ").replace("gflop", "GFLOP"), metrics["cost"][name], form)
+    return rows
+
+
+def report(metrics: dict[str, Any], pictures: dict[str, Image.Image], config: dict[str, Any], model: Path) -> Report:
+    """The one-file report."""
+    transform, codes = PixelTransform.from_config(metrics), metrics["codes"]
+    page = Report(
+        f"lens-ldm, stage 1: {config['training']['name']}",
+        f"{metrics['n']} test images of {metrics['reference']} through the autoencoder and back, beside {metrics['n']} others; "
+        f"latents {' x '.join(map(str, metrics['latent_shape']))}. All pictures are on one scale, {transform.low:g} to "
+        f"{transform.high:g}, {transform.stretched}.",
+    )
+    page.section("Reconstructions").picture(pictures["reconstructions"], "images and reconstructions")
+    header, *rows = score_rows(metrics)
+    page.section(
+        "Distances",
+        "Fréchet distance of observed reconstructions, with pixel noise, of one half of the test images to the other half. "
+        "The floor is that of real images to real images. Truth is the clean light of the same lenses, with the noise that "
+        "this model draws and with noise of the simulator: what no autoencoder can beat.",
+    ).table(header, rows)
+    header, *rows = quality_rows(metrics)
+    page.section(
+        "Quality",
+        "Lit pixels are a tenth of full scale above the background. The error of the clean light is over the variance of "
+        "the noise: 0.1 hides in a single image, and a fit of ten parameters sees it.",
+    ).table(header, rows)
+    page.section(
+        "The worst", f"By chi² per lit pixel: {', '.join(f'{x:.2f}' for x in metrics['worst']['chi2_lit'])}."
+    ).picture(pictures["worst"], "the worst reconstructions")
+    page.section(
+        "Noise",
+        "Residuals are images less their clean reconstructions. If they are noise and nothing else they follow the law, and "
+        "neighbours are not correlated.",
+    ).picture(pictures["noise"], "variance against signal, correlation of residuals")
+    page.section("Spectra").picture(pictures["spectra"], "power spectra and pixel values")
+    if codes:
+        page.section("Codes").picture(pictures["codes"], "how often each code is used")
+    header, *rows = physics_rows(metrics["physics"])
+    page.section(
+        "Physics",
+        "Wasserstein-1 distance of each quantity to real images, and how many times that between real images it is: 1 is "
+        "perfect. Lengths in pixels, brightness in the data's range.",
+    ).table(header, rows)
+    if curves := loss_curves({"stage 1": model / "metrics.csv"}):
+        page.section("Training").picture(curves, "loss curves")
+    shown = {key: value for key, value in metrics.items() if key not in ("physics", "spectrum", "noise")}
+    page.section("How it was made").listing(json.dumps(shown, indent=1))
+    page.section("Configuration of stage 1").listing(yaml.safe_dump(config["training"], sort_keys=False))
+    return page
+
+
+if __name__ == "__main__":
+    guard(main)
