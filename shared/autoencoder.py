@@ -27,7 +27,7 @@ class Autoencoder(nn.Module):
     latents  (N, c, h, w)  float32, zero mean and unit variance per channel over the training set
 
     A subclass gives `to_raw` and `from_raw` between the network's range and unstandardised latents and, where its
-    decoder gives clean images of noisy data, `observe`.
+    decoder gives clean images of noisy data, `observe`, with what `from_raw` has said of their noise.
     """
 
     frozen = False
@@ -59,8 +59,9 @@ class Autoencoder(nn.Module):
         generator  of the pixel noise; a sequence holds one for each image
         """
         raw = latents * self.latent_std + self.latent_mean
-        clean = self.transform.inverse(self.from_raw(raw).float())
-        return self.observe(clean, generator) if observed else clean
+        scaled, said = self.from_raw(raw)
+        clean = self.transform.inverse(scaled.float())
+        return self.observe(clean, generator, said) if observed else clean
 
     @torch.no_grad()
     def fit_latents(self, batches: Iterable[Tensor]) -> None:
@@ -96,10 +97,16 @@ class Autoencoder(nn.Module):
     def to_raw(self, scaled: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def from_raw(self, raw: Tensor) -> Tensor:
+    def from_raw(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Latents -> clean images in the network's range, and what the decoder says of their noise, for `observe`."""
         raise NotImplementedError
 
-    def observe(self, clean: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    def observe(
+        self,
+        clean: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        said: Tensor | None = None,
+    ) -> Tensor:
         """Clean images -> images as the data show them. Here: unchanged."""
         return clean
 
@@ -116,5 +123,5 @@ class Pixels(Autoencoder):
     def to_raw(self, scaled: Tensor) -> Tensor:
         return scaled
 
-    def from_raw(self, raw: Tensor) -> Tensor:
-        return raw.clamp(-1.0, 1.0)
+    def from_raw(self, raw: Tensor) -> tuple[Tensor, None]:
+        return raw.clamp(-1.0, 1.0), None

@@ -124,6 +124,7 @@ class VQVAE(Block):
     latents: Literal["continuous", "quantized", "unquantized"] = key(
         "continuous", "diffused: before the quantiser, which decodes them; after it; before it and decoded without"
     )
+    predict_variance: bool = key(False, "the decoder corrects the noise law pixel by pixel; needs loss.likelihood")
 
     @field_validator("quantizer")
     @classmethod
@@ -164,6 +165,7 @@ class Loss(Block):
     ssim: float = key(0.0, "1 - structural similarity; too contrasty where noise exceeds 0.03 of the range", ge=0)
     spectrum: float = key(0.0, "focal frequency loss: Fourier coefficients, the worst ones first", ge=0)
     perceptual: float = key(0.0, "features of the network of fd_efflite0, which then compares with no other", ge=0)
+    likelihood: float = key(0.0, "of the noise that the decoder predicts; needs autoencoder.predict_variance", ge=0)
     adversarial: float = key(0.0, "patches that a discriminator takes for observed images", ge=0)
     feature_matching: float = key(0.0, "features of that discriminator", ge=0)
     adversarial_start: int = key(1000, "steps the discriminator learns before the decoder learns from it", ge=0)
@@ -194,7 +196,11 @@ class Regularize(Block):
 
 
 class Noise(Block):
-    fit: bool = key(True, "fit the noise law after training; false: decode clean images only")
+    """What is drawn over decoded images: fitted after training."""
+
+    law: Literal["image", "affine", "none"] = key(
+        "image", "affine: variance a + b signal, normal; image: as real images show it; none: decode clean images only"
+    )
     images: int = key(512, "validation images it is fitted to", ge=1)
 
 
@@ -345,6 +351,19 @@ class Stage1(_Run):
     ema: EMA = EMA()
     trainer: Trainer = Trainer()
     logger: Logger = Logger()
+
+    @field_validator("loss")
+    @classmethod
+    def _variance_is_learned(cls, loss: Loss, info: ValidationInfo) -> Loss:
+        predicted = info.data["autoencoder"].predict_variance if "autoencoder" in info.data else loss.likelihood > 0
+        what = "likelihood above 0 and autoencoder.predict_variance true need each other: the one trains the other"
+        return _check(loss, (loss.likelihood > 0) == predicted, what)
+
+    @field_validator("noise")
+    @classmethod
+    def _variance_is_drawn(cls, noise: Noise, info: ValidationInfo) -> Noise:
+        predicted = info.data["autoencoder"].predict_variance if "autoencoder" in info.data else False
+        return _check(noise, noise.law != "none" or not predicted, "law none draws no noise: no variance to predict")
 
     @field_validator("trainer")
     @classmethod

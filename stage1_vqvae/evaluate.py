@@ -301,7 +301,7 @@ def evaluate(
     # Of the data and not of the model: pixels that are lit are the same for every model.
     background = float(np.median(sky(reference.batch(other[:256]).numpy())[0]))
     law, own_law = noise_law(model, reference, precision)
-    dark_noise = float(law.variance(torch.tensor(background)).sqrt())
+    dark_noise = float(law.a.sqrt())
     bright = transform.high - background
     edges = torch.from_numpy(np.geomspace(min(2 * dark_noise, bright / 4), bright, 24)).float()
     measured = {name: Measured(networks, transform) for name in ("reference", "real", "reconstructions", TRUTH, AGAIN)}
@@ -415,7 +415,7 @@ def reconstruct(model: VQVAE, images: Tensor, first: int, precision: str) -> tup
         latents = model.encode(images)
         clean = model.decode(latents, observed=False).float().cpu()
         observed = model.decode(latents, generator=generators(first, len(images))).float().cpu()
-        codes = model(model.transform(images))[1].cpu()
+        codes = model(model.transform(images)).indices.cpu()
     return clean.contiguous(), observed.contiguous(), codes
 
 
@@ -438,8 +438,7 @@ def code_use(indices: Tensor, codes: int) -> tuple[dict[str, float], list[np.nda
 def noise_law(model: VQVAE, reference: LensImages, precision: str) -> tuple[NoiseLaw, bool]:
     """The model's noise law on the CPU, and True; where it has none one that is fitted to validation images, and False."""
     law = deepcopy(model.noise).cpu()
-    middle = torch.tensor((reference.transform.low + reference.transform.high) / 2)
-    if bool(law.variance(middle) > 0):
+    if bool(law.a > 0):
         return law, True
     held_out = reference.split("validation")[:FITTED_TO]
     real = reference.batch(held_out if len(held_out) else reference.split("test")[:FITTED_TO])

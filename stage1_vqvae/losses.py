@@ -16,7 +16,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from shared.data.normalise import PixelTransform
 from shared.metrics.efficientnet import efficientnet_lite0
 from stage1_vqvae.adversary import BETAS, Adversary, feature_distance
-from stage1_vqvae.noise import NoiseLaw
+from stage1_vqvae.noise import NoiseLaw, likelihood
 
 KNEE = 0.02  # of full scale: about where a lens image goes over from background to arc
 
@@ -108,6 +108,7 @@ class ReconstructionLoss(nn.Module):
         ssim: float = 0.0,
         spectrum: float = 0.0,
         perceptual: float = 0.0,
+        likelihood: float = 0.0,
         adversarial: float = 0.0,
         feature_matching: float = 0.0,
         adversarial_start: int = 1000,
@@ -120,7 +121,7 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self.weights = {
             "l1": l1, "stretched": stretched, "mse": mse, "chi": chi, "ssim": ssim, "spectrum": spectrum,
-            "perceptual": perceptual, "adversarial": adversarial, "feature_matching": feature_matching,
+            "perceptual": perceptual, "likelihood": likelihood, "adversarial": adversarial, "feature_matching": feature_matching,
             "discriminator": 1.0,
         }  # fmt: skip
         self.law, self.transform, self.discriminator_lr = law, transform, discriminator_lr
@@ -137,14 +138,22 @@ class ReconstructionLoss(nn.Module):
             return []
         return [{"params": list(self.adversary.parameters()), "lr": self.discriminator_lr, "betas": BETAS}]
 
-    def forward(self, output: Tensor, target: Tensor, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, output: Tensor, target: Tensor, step: int = 0, log_ratio: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """output, target (N, C, H, W) in [0, 1], training step -> loss (), {term: its unweighted value}.
+
+        log_ratio   log of the noise's variance over the law's, (N, C, H, W), where a decoder predicts it
 
         The loss has the discriminator's own hinge loss in it, which gives the output no gradient.
         """
         # In float32: bf16 has two digits, and SSIM takes variances from differences of squares.
         with torch.autocast(output.device.type, enabled=False):
             values = self._values(output.float(), target.float(), step)
+            if log_ratio is not None and self.weights["likelihood"] > 0:
+                light = self.transform.light(output.float())
+                residual, variance = light - self.transform.light(target.float()), self.law.variance(light.detach())
+                values["likelihood"] = likelihood(residual, variance, log_ratio)
         return torch.stack([self.weights[name] * value for name, value in values.items()]).sum(), values
 
     def _values(self, output: Tensor, target: Tensor, step: int) -> dict[str, Tensor]:

@@ -58,9 +58,11 @@ class VQVAEModule(StageModule):
 
     def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         scaled = self.network.transform(batch)
-        output, target, _, commitment = self.network(scaled, quantize=self.quantizing, regularize=self.regularize)
-        total, terms = self.criterion(self.unit(output.float()), self.unit(target), self.trainer.global_step)
-        return total + commitment, {**terms, "commitment": commitment}
+        out = self.network(scaled, quantize=self.quantizing, regularize=self.regularize)
+        total, terms = self.criterion(
+            self.unit(out.clean.float()), self.unit(out.target), self.trainer.global_step, out.log_ratio
+        )
+        return total + out.commitment, {**terms, "commitment": out.commitment}
 
     @torch.no_grad()
     def validate(self, folder: Path | None) -> dict[str, float]:
@@ -71,10 +73,10 @@ class VQVAEModule(StageModule):
         outputs = []
         with self.trainer.precision_plugin.forward_context():
             for batch in self.held_out.to(self.device).split(64):
-                output, _, indices, _ = self.shadow(self.network.transform(batch), quantize=self.quantizing)
-                outputs.append(self.unit(output.float()))
+                out = self.shadow(self.network.transform(batch), quantize=self.quantizing)
+                outputs.append(self.unit(out.clean.float()))
                 if usage:
-                    usage.update(indices)
+                    usage.update(out.indices)
         self.shadow.train(was_training)
         output, target = torch.cat(outputs), self.unit(self.network.transform(self.held_out.to(self.device)))
         metrics = {

@@ -12,6 +12,7 @@ from shared.data.cache import LensImages
 from shared.data.normalise import PixelTransform
 from shared.data.symmetries import turns
 from shared.errors import UserError
+from shared.flops import flops
 from shared.precision import autocast, choose_device, resolve_precision
 from shared.registry import build
 from shared.run import Run, is_main_process
@@ -60,23 +61,30 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
     with autocast(device, precision):
         autoencoder.fit_latents(batch.to(device) for batch in images.batches(train))
         real = images.batch(held_out).to(device)
-        clean = torch.cat([autoencoder.decode(autoencoder.encode(b), observed=False) for b in real.split(64)])
-    residual, transform = real - clean, autoencoder.transform
+        decoded = [autoencoder.from_raw(autoencoder.to_raw(autoencoder.transform(b))) for b in real.split(64)]
+    transform = autoencoder.transform
+    clean = torch.cat([transform.inverse(scaled.float()) for scaled, _ in decoded])
+    said = torch.cat([s for _, s in decoded if s is not None]) if autoencoder.predict_variance else None
+    residual = real - clean
     # As during training: of what the network sees, which under asinh says more than its brightest pixels do.
     seen, drawn = transform.stretch(real), transform.stretch(clean)
     metrics: dict[str, Any] = {
         "psnr": float(-10 * ((seen - drawn) / transform.span).square().mean().log10()),
         "step": config.trainer.max_steps,
+        "gflop": flops(autoencoder),
     }
     curve: dict[str, list[float]] = {}
-    if config.noise.fit:
-        curve = autoencoder.noise.fit(real, clean)
+    if config.noise.law != "none":
         law = autoencoder.noise
+        if said is not None:  # what the decoder says is relative to the law it was trained beside
+            law.load_state_dict(module.criterion.law.state_dict())
+        curve = law.fit(real, clean, config.noise.law, said)
         lit = drawn - transform.stretch(law.background) > LIT * transform.span
         if bool(lit.any()):
-            excess = residual[lit].square().mean() / law.variance(clean[lit]).mean() - 1
+            excess = residual[lit].square().mean() / law.variance(clean)[lit].mean() - 1
             metrics["clean_error_over_noise"] = float(excess)
-        metrics["noise"] = {k: float(v) for k, v in law.state_dict().items()}
+        metrics["noise"] = {k: float(getattr(law, k)) for k in ("a", "b", "background", "step")}
+        metrics["noise"]["scaled"] = bool(law.scale.isfinite().all())
     published = {
         "autoencoder": autoencoder_config(autoencoder, spec),
         "precision": precision,
@@ -94,7 +102,8 @@ def card(config: Stage1, published: dict) -> str:
     m = published["metrics"]
     return f"""# {config.name}: autoencoder (stage 1 of lens-ldm)
 
-Images {published["autoencoder"]["image_shape"]} <-> a small latent grid; {config.trainer.max_steps} steps of
+Images {published["autoencoder"]["image_shape"]} <-> a small latent grid, {m["gflop"]["encode"]:.2f} GFLOP to encode and
+{m["gflop"]["decode"]:.2f} to decode; {config.trainer.max_steps} steps of
 {config.data.batch_size} images of `{published["data"]["name"]}` ({published["data"]["images"]} for training).
 
 PSNR of clean reconstructions of held-out images: {m["psnr"]:.2f} dB. It is bounded by the pixel noise, which the

@@ -6,7 +6,7 @@ lets it train on two CPU cores.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from shared.registry import build
 from stage1_vqvae.noise import Generators, NoiseLaw
 from stage1_vqvae.quantizers import Quantizer
 from stage1_vqvae.regularize import Regularizer
+
+LARGEST_RATIO = 6.0  # of logarithms: the law is within a factor of 400
 
 
 class ResidualBlock(nn.Module):
@@ -66,6 +68,23 @@ def decoder(
     return nn.Sequential(*layers, nn.PixelShuffle(stem))
 
 
+class Reconstruction(NamedTuple):
+    """What training sees of a batch.
+
+    clean       (N, C, H, W) in [-1, 1]
+    target      what it should be like: the batch itself, unless a regulariser has turned both, or made both smaller
+    indices     (N, h, w) or (N, h, w, heads) of codes
+    commitment  () the quantiser's own loss
+    log_ratio   as `clean`: log of the variance of its noise over that of the noise law, if the decoder predicts it
+    """
+
+    clean: Tensor
+    target: Tensor
+    indices: Tensor
+    commitment: Tensor
+    log_ratio: Tensor | None
+
+
 class VQVAE(Autoencoder):
     """van den Oord et al. 2017, with the quantiser inside the decoder as in Rombach et al. 2022.
 
@@ -73,6 +92,7 @@ class VQVAE(Autoencoder):
     widths             channels on each of the len(strides) + 1 grids, fine to coarse; multiples of 8
     latents            what stage 2 diffuses: `continuous`, before the quantiser, which decoding applies; `quantized`,
                        after it; or `unquantized`, before it and decoded without it
+    predict_variance   the decoder also says by how much the noise of each pixel differs from the noise law
     """
 
     def __init__(
@@ -88,6 +108,7 @@ class VQVAE(Autoencoder):
         latent_channels: int = 5,
         quantizer: dict[str, Any],
         latents: str = "continuous",
+        predict_variance: bool = False,
     ) -> None:
         channels, height, width = image_shape
         factor = stem * math.prod(strides)
@@ -97,18 +118,19 @@ class VQVAE(Autoencoder):
         self.padding = (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2)
         self.quantizer: Quantizer = build("quantizer", quantizer, channels=latent_channels)
         self.encoder = encoder(channels, stem, strides, widths, encoder_blocks, self.quantizer.inputs)
-        self.decoder = decoder(channels, stem, strides, widths, decoder_blocks, latent_channels)
-        self.latents = latents
+        outputs = 2 * channels if predict_variance else channels
+        self.decoder = decoder(outputs, stem, strides, widths, decoder_blocks, latent_channels)
+        if predict_variance:  # at first the law is right
+            last = cast(nn.Sequential, self.decoder)[-2]
+            nn.init.zeros_(last.weight[channels * stem**2 :])
+            nn.init.zeros_(last.bias[channels * stem**2 :])
+        self.latents, self.predict_variance = latents, predict_variance
         self.noise = NoiseLaw()
 
-    def forward(
-        self, scaled: Tensor, quantize: bool = True, regularize: Regularizer | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """scaled (N, C, H, W) in [-1, 1] -> clean reconstruction, what it should be like, indices (N, h, w), quantiser's
-        loss ().
+    def forward(self, scaled: Tensor, quantize: bool = True, regularize: Regularizer | None = None) -> Reconstruction:
+        """scaled (N, C, H, W) in [-1, 1] -> its reconstruction.
 
-        regularize   in training mode alone. What the reconstruction should be like is then not always `scaled`: it may
-                     be turned and smaller, padding included, and so may the reconstruction
+        regularize   in training mode alone; what it transforms is not cropped
         """
         padded = self._pad(scaled)
         features = self.encoder(padded)
@@ -118,12 +140,14 @@ class VQVAE(Autoencoder):
         else:
             latents, loss = self.quantizer.relaxed(raw), raw.new_zeros(())
             indices = torch.zeros_like(raw[:, 0], dtype=torch.long)
-        if regularize is None or not self.training:
-            return self._image(latents), scaled, indices, loss
-        latents, transformation = regularize(self.quantizer.relaxed(raw), latents)
+        transformation = None
+        if regularize is not None and self.training:
+            latents, transformation = regularize(self.quantizer.relaxed(raw), latents)
         if transformation is None:
-            return self._image(latents), scaled, indices, loss
-        return self.decoder(latents), transformation(padded), indices, loss
+            clean, log_ratio = self._image(latents)
+            return Reconstruction(clean, scaled, indices, loss, log_ratio)
+        clean, log_ratio = self._split(self.decoder(latents))
+        return Reconstruction(clean, transformation(padded), indices, loss, log_ratio)
 
     def features(self, scaled: Tensor) -> Tensor:
         """scaled (N, C, H, W) in [-1, 1] -> what the quantiser is given, (N, quantizer.inputs, h, w)."""
@@ -133,19 +157,25 @@ class VQVAE(Autoencoder):
         features = self.features(scaled)
         return self.quantizer(features)[0] if self.latents == "quantized" else self.quantizer.latent(features)
 
-    def from_raw(self, raw: Tensor) -> Tensor:
+    def from_raw(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
         q = self.quantizer
         decodable = {"continuous": q.decodable, "quantized": q.snap, "unquantized": q.relaxed}[self.latents]
         return self._image(decodable(raw))
 
-    def observe(self, clean: Tensor, generator: Generators = None) -> Tensor:
+    def observe(self, clean: Tensor, generator: Generators = None, said: Tensor | None = None) -> Tensor:
         low, high = self.transform.low, self.transform.high
-        return self.noise(clean, generator).clamp(low, high)
+        return self.noise(clean, generator, said).clamp(low, high)
 
     def _pad(self, scaled: Tensor) -> Tensor:
         return F.pad(scaled, self.padding, mode="replicate") if any(self.padding) else scaled
 
-    def _image(self, raw: Tensor) -> Tensor:
+    def _image(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
         left, _, top, _ = self.padding
         _, height, width = self.image_shape
-        return self.decoder(raw)[..., top : top + height, left : left + width]
+        return self._split(self.decoder(raw)[..., top : top + height, left : left + width])
+
+    def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.predict_variance:
+            return output, None
+        clean, log_ratio = output.chunk(2, dim=1)
+        return clean, log_ratio.float().clamp(-LARGEST_RATIO, LARGEST_RATIO)

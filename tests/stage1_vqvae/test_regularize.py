@@ -120,7 +120,7 @@ def test_turns_of_a_padded_oblong_image_are_compared_in_the_padded_frame(monkeyp
     for turns in range(4):
         drawn = Transformation(turns, (3, 4), (3, 4))
         monkeypatch.setattr("stage1_vqvae.regularize.draw_transformation", lambda grid, drawn=drawn: drawn)
-        output, target, _, _ = model(images, regularize=Regularizer(equivariance=1.0))
+        output, target, *_ = model(images, regularize=Regularizer(equivariance=1.0))
         assert output.shape == target.shape == (2, 1, *((40, 30) if turns % 2 else (30, 40)))
         assert torch.allclose(output, target, atol=1e-6)
         assert torch.allclose(target, torch.rot90(nn.Upsample(scale_factor=10)(blocks), turns, (2, 3)))
@@ -179,7 +179,7 @@ def test_bypassed_images_keep_the_loss_of_the_quantiser() -> None:
     bypassed = again(images, regularize=Regularizer(bypass=1.0))
     assert torch.equal(plain[3], bypassed[3])
     assert float(plain[3]) > 0
-    assert torch.allclose(bypassed[0], model.eval()._image(model._raw(images)), atol=1e-5)
+    assert torch.allclose(bypassed[0], model.eval()._image(model.features(images))[0], atol=1e-5)
     assert all(torch.equal(v.nan_to_num(), state[k].nan_to_num()) for k, v in again.state_dict().items())
 
 
@@ -192,7 +192,7 @@ def test_off_is_bit_identical_and_leaves_the_random_stream_alone() -> None:
     plain, after = model(images), torch.rand(4)
     torch.manual_seed(3)
     off, after_off = model(images, regularize=Regularizer()), torch.rand(4)
-    assert all(torch.equal(a, b) for a, b in zip(plain, off, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain[:4], off[:4], strict=True))
     assert torch.equal(after, after_off)
     assert plain[1] is images
 
@@ -202,7 +202,7 @@ def test_evaluation_knows_none_of_them() -> None:
     everything = Regularizer(equivariance=1.0, latent_noise=1.0, bypass=1.0)
     with torch.no_grad():
         plain = model(images)
-        assert all(torch.equal(a, b) for a, b in zip(plain, model(images, regularize=everything), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(plain[:4], model(images, regularize=everything)[:4], strict=True))
         model.train()
         assert not torch.equal(plain[0], model(images, regularize=everything)[0])
 
@@ -217,5 +217,5 @@ def test_a_compiled_network_is_regularised_alike() -> None:
         torch.manual_seed(step)
         expected = model(images, regularize=regularize)
         torch.manual_seed(step)
-        for a, b in zip(expected, compiled(images, regularize=regularize), strict=True):
+        for a, b in zip(expected[:4], compiled(images, regularize=regularize)[:4], strict=True):
             assert torch.allclose(a, b, atol=1e-6)
