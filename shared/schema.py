@@ -164,7 +164,7 @@ class Loss(Block):
     chi: float = key(0.05, "residuals in units of the pixel noise, robust", ge=0)
     ssim: float = key(0.0, "1 - structural similarity; too contrasty where noise exceeds 0.03 of the range", ge=0)
     spectrum: float = key(0.0, "focal frequency loss: Fourier coefficients, the worst ones first", ge=0)
-    perceptual: float = key(0.0, "features of the network of fd_efflite0, which then compares with no other", ge=0)
+    perceptual: float = key(0.0, "features of the network of fd_efflite0: no score for such a model then", ge=0)
     likelihood: float = key(0.0, "of the noise that the decoder predicts; needs autoencoder.predict_variance", ge=0)
     adversarial: float = key(0.0, "patches that a discriminator takes for observed images", ge=0)
     feature_matching: float = key(0.0, "features of that discriminator", ge=0)

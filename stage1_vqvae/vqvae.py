@@ -6,7 +6,7 @@ lets it train on two CPU cores.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ def encoder(
 
 def decoder(
     channels: int, stem: int, strides: Sequence[int], widths: Sequence[int], blocks: int, into: int
-) -> nn.Module:
+) -> nn.Sequential:
     """(N, into, h, w) -> (N, channels, h f, w f). The last layer is linear: a sigmoid saturates on mostly black images."""
     layers: list[nn.Module] = [nn.Conv2d(into, widths[-1], 3, padding=1)]
     layers += [ResidualBlock(widths[-1]) for _ in range(blocks)]
@@ -121,9 +121,9 @@ class VQVAE(Autoencoder):
         outputs = 2 * channels if predict_variance else channels
         self.decoder = decoder(outputs, stem, strides, widths, decoder_blocks, latent_channels)
         if predict_variance:  # at first the law is right
-            last = cast(nn.Sequential, self.decoder)[-2]
-            nn.init.zeros_(last.weight[channels * stem**2 :])
-            nn.init.zeros_(last.bias[channels * stem**2 :])
+            last = self.decoder[-2]
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter[len(parameter) // 2 :])
         self.latents, self.predict_variance = latents, predict_variance
         self.noise = NoiseLaw()
 

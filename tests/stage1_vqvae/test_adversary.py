@@ -102,7 +102,7 @@ def test_a_discriminator_learns_to_tell_observed_from_clean_and_not_what_is_alik
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     assert after(0.0) < 1.0
     assert after(1.0) > 1.8

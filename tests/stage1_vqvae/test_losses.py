@@ -213,6 +213,7 @@ def test_features_of_any_image_have_a_gradient_and_none_for_the_network(
     assert float(perceptual([same, same], same)) == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_optimum_of_the_features_is_the_clean_image(perceptual: Perceptual) -> None:
     noise = law(4e-4, 4e-3)
     torch.manual_seed(0)
