@@ -182,7 +182,7 @@ class StageModule(lightning.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.network.zero_grad()
+        self.zero_grad()  # and what learns beside the network
         # Here and not in on_train_batch_end, which Lightning calls after the callbacks: a checkpoint would lack this step.
         if self.ema is not None:
             self.ema.update(self.network, self.trainer.global_step + 1)
