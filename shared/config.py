@@ -100,7 +100,7 @@ def find_config(path_or_name: Path | str, beside: Path | None = None) -> Path:
             if path.is_file():
                 return path
     known = _known_configs()
-    stems = difflib.get_close_matches(given.stem, [Path(name).stem for name in known], n=1)
+    stems = difflib.get_close_matches(given.stem, [Path(name).stem for name in known], n=1, cutoff=0.85)
     near = difflib.get_close_matches(given.as_posix(), known, n=1) or [
         name for name in known if Path(name).stem in stems
     ]

@@ -41,7 +41,7 @@ class NoiseLaw(nn.Module):
     table        (SIGNALS, 41) quantiles of noise / sd at the values NORMAL of a normal variable, for as many signal-to-noise
     signal       ratios (clean - low) / sd, whose roots run evenly between these (2,)
     step         images hold multiples of it (of one count); 0: any value
-    scale        (2,) least and greatest value of every image, where each was scaled to them; nan: none was
+    scale        (2,) least and greatest value of every image, where each was scaled to them; equal: none was
     """
 
     dark: Tensor
@@ -60,12 +60,17 @@ class NoiseLaw(nn.Module):
         self.register_buffer("dark", torch.zeros(3))
         self.register_buffer("signal", torch.tensor([0.0, 1.0]))
         self.register_buffer("table", NORMAL.expand(SIGNALS, -1).clone())
-        self.register_buffer("scale", torch.full((2,), torch.nan))
+        self.register_buffer("scale", torch.zeros(2))
 
     @property
     def a(self) -> Tensor:
         """Variance of the background of the median image."""
         return self._dark(self.background)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether each image was scaled to the same least and greatest value."""
+        return bool(self.scale[0] < self.scale[1])
 
     def level(self, images: Tensor) -> Tensor:
         """The background of each image (N, C, H, W) -> (N, C, 1, 1): low among its means over some 5 × 5 pixels."""
@@ -85,15 +90,19 @@ class NoiseLaw(nn.Module):
         """clean (N, C, H, W) -> images with noise. A sequence of generators holds one for each image.
 
         log_ratio   of the true variance to the law's, where a decoder has said it, (N, C, H, W)
+
+        The noise has no gradient: that of the images is the gradient of the clean ones.
         """
+        if clean.requires_grad:
+            return clean + (self(clean.detach(), generator, log_ratio) - clean.detach())
         z = standard_normal(clean, generator)
         sd = self.variance(clean).sqrt()
         if log_ratio is not None:
-            sd = sd * (0.5 * log_ratio).exp()
+            sd = sd * (0.5 * log_ratio.detach()).exp()
         images = clean + sd * self._shaped(z, (clean - self.low) / sd.clamp_min(torch.finfo(sd.dtype).tiny))
         if self.step > 0:
             images = ((images - self.low) / self.step).round().clamp_min(0) * self.step + self.low
-        if bool(self.scale.isfinite().all()):
+        if self.scaled:
             least, greatest = images.amin((-2, -1), keepdim=True), images.amax((-2, -1), keepdim=True)
             share = (images - least) / torch.where(greatest > least, greatest - least, 1.0)
             images = self.scale[0] + (self.scale[1] - self.scale[0]) * share
@@ -186,7 +195,7 @@ class NoiseLaw(nn.Module):
         if bool((least == least[0]).all() and (greatest == greatest[0]).all()):
             self.scale.copy_(torch.stack([least[0], greatest[0]]))
         else:
-            self.scale.fill_(torch.nan)
+            self.scale.zero_()
         steps = torch.tensor([_count(image) for image in images[:256]])
         self.step.copy_(steps.mean() if bool((steps > 0).all()) else torch.zeros(()))
 

@@ -84,7 +84,7 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
             excess = residual[lit].square().mean() / law.variance(clean)[lit].mean() - 1
             metrics["clean_error_over_noise"] = float(excess)
         metrics["noise"] = {k: float(getattr(law, k)) for k in ("a", "b", "background", "step")}
-        metrics["noise"]["scaled"] = bool(law.scale.isfinite().all())
+        metrics["noise"]["scaled"] = law.scaled
     published = {
         "autoencoder": autoencoder_config(autoencoder, spec),
         "precision": precision,

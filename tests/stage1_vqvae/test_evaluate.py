@@ -18,6 +18,7 @@ from shared.simulate.images import simulate
 from shared.simulate.preset import Preset
 from shared.simulate.run import simulate_to
 from stage1_vqvae.evaluate import Residuals, Simulation, Sums, code_use, generators
+from stage1_vqvae.noise import NoiseLaw
 from stage1_vqvae.vqvae import VQVAE
 
 SPEC = {
@@ -41,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = VQVAE(images.image_shape, images.transform, **{k: v for k, v in SPEC.items() if k != "name"})
     model.eval()
     model.fit_latents([images.batch(images.split("train"))])
-    model.noise.a.fill_(4e-4)
+    model.noise.dark[0] = 4e-4
     model.noise.b.fill_(1e-3)
     config = {
         "autoencoder": autoencoder_config(model, SPEC), "precision": "fp32", "data": {"name": "data", "images": 60},
@@ -108,7 +109,7 @@ def test_spectrum_codes_and_worst_images_are_those_of_the_reconstructions(home: 
     assert scored["codes"]["codes"] == 25
     assert scored["codes"]["dead"] == 25 - round(25 * scored["codes"]["codes_used"])
     lit = clean - scored["noise"]["background"] > 0.1
-    variance = 4e-4 + 1e-3 * clean.clamp_min(0)
+    variance = 4e-4 + 1e-3 * (clean - NoiseLaw().level(clean)).clamp_min(0)
     chi2 = [
         float(((x - c).square() / v)[m if m.any() else ...].mean())
         for x, c, v, m in zip(observed, clean, variance, lit, strict=True)
