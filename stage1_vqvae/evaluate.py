@@ -93,6 +93,10 @@ def main(argv: list[str] | None = None) -> None:
     out = a.out or Path(a.model) / "evaluation"
     make_folder(out)
 
+    if config["training"].get("loss", {}).get("perceptual", 0) > 0:
+        print(
+            f"warning: {a.model} was trained against fd_efflite0 (loss.perceptual): no other model's compares with it"
+        )
     metrics, found = evaluate(model, reference, count, networks, config["precision"], fitted)
     about = {"model": a.model, "weights_sha256": config["sha256"], "reference": str(a.reference)}
     metrics = finite({**about, **metrics, "versions": versions()})
@@ -321,11 +325,11 @@ def evaluate(
         for start in range(0, n, BATCH):
             indices = other[start : start + BATCH]
             real = reference.batch(indices)
-            clean, observed, codes = reconstruct(model, real, start, precision)
+            clean, observed, codes, said = reconstruct(model, real, start, precision)
             indices_met.append(codes)
             measured["real"].add(real)
             measured["reconstructions"].add(observed)
-            variance, bright_pixels = law.variance(clean), lit(clean)
+            variance, bright_pixels = spread(law, clean, said), lit(clean)
             residual = real - clean
             residuals.add(clean - background, residual, variance, bright_pixels)
             sums.similarity(transform.unit(clean), transform.unit(real), "observed")
@@ -344,7 +348,9 @@ def evaluate(
                     simulation = None
                 else:
                     seeds = generators(start, len(truth))
-                    measured[TRUTH].add(model.observe(truth.to(model.latent_mean.device), seeds).cpu())
+                    where = model.latent_mean.device
+                    heard = None if said is None else said.to(where)
+                    measured[TRUTH].add(model.observe(truth.to(where), seeds, heard).cpu())
                     measured[AGAIN].add(again)
                     light = lit(truth)
                     noise.add(truth - background, real - truth, law.variance(truth), light)
@@ -394,9 +400,8 @@ def evaluate(
     found = {
         "sets": {name: measured[name] for name in ("real", *candidates)},
         "codes": counts,
-        "shown": pictured(model, reference, other[:SHOWN], precision),
-        "worst": pictured(model, reference, np.array(metrics["worst"]["index"]), precision),
-        "variance": law.variance,
+        "shown": pictured(model, reference, other[:SHOWN], law, precision),
+        "worst": pictured(model, reference, np.array(metrics["worst"]["index"]), law, precision),
     }
     return metrics, found
 
@@ -407,16 +412,25 @@ def generators(first: int, count: int) -> list[torch.Generator]:
 
 
 @torch.no_grad()
-def reconstruct(model: VQVAE, images: Tensor, first: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    """images (n, C, H, W) -> clean and observed reconstructions, codes (n, h, w) or (n, h, w, heads), on the CPU."""
+def reconstruct(
+    model: VQVAE, images: Tensor, first: int, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """images (n, C, H, W) -> clean and observed reconstructions, codes (n, h, w) or (n, h, w, heads), and what the decoder
+    says of the noise, if it does; on the CPU."""
     device = model.latent_mean.device
     images = images.to(device).contiguous(memory_format=torch.channels_last)
     with autocast(device, precision):
         latents = model.encode(images)
         clean = model.decode(latents, observed=False).float().cpu()
         observed = model.decode(latents, generator=generators(first, len(images))).float().cpu()
-        codes = model(model.transform(images)).indices.cpu()
-    return clean.contiguous(), observed.contiguous(), codes
+        again = model(model.transform(images))
+    said = None if again.log_ratio is None else again.log_ratio.float().cpu()
+    return clean.contiguous(), observed.contiguous(), again.indices.cpu(), said
+
+
+def spread(law: NoiseLaw, clean: Tensor, said: Tensor | None) -> Tensor:
+    """Variance of the noise of each pixel, by the law and what the decoder says of it."""
+    return law.variance(clean) * (1.0 if said is None else said.exp())
 
 
 def code_use(indices: Tensor, codes: int) -> tuple[dict[str, float], list[np.ndarray]]:
@@ -482,21 +496,24 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 # --- pictures and the report ------------------------------------------------------------------------------------------
 
 
-def pictured(model: VQVAE, reference: LensImages, indices: np.ndarray, precision: str) -> tuple[Tensor, ...]:
-    """Images, their clean and their observed reconstructions, each (n, C, H, W)."""
+def pictured(
+    model: VQVAE, reference: LensImages, indices: np.ndarray, law: NoiseLaw, precision: str
+) -> tuple[Tensor, ...]:
+    """Images, their clean and their observed reconstructions, and the variance of their noise, each (n, C, H, W)."""
     real = reference.batch(indices)
-    return real, *reconstruct(model, real, 0, precision)[:2]
+    clean, observed, _, said = reconstruct(model, real, 0, precision)
+    return real, clean, observed, spread(law, clean, said)
 
 
 def draw(metrics: dict[str, Any], found: dict[str, Any]) -> dict[str, Image.Image]:
     """The pictures by name, in the order of the report."""
     transform = PixelTransform.from_config(metrics)
-    real, clean, observed = found["shown"]
+    real, clean, observed, _ = found["shown"]
     rows = transform.unit(torch.cat([real, observed, clean]))
     title = "test images, none picked; their reconstructions, observed; the same, clean"
     pictures = {"reconstructions": grid(rows, SHOWN, title=title)}
-    real, clean, _ = found["worst"]
-    sigma = found["variance"](clean).clamp_min(1e-60).sqrt()
+    real, clean, _, variance = found["worst"]
+    sigma = variance.clamp_min(1e-60).sqrt()
     parts = []
     for start in range(0, len(real), SHOWN):
         part = slice(start, start + SHOWN)

@@ -115,8 +115,9 @@ class NoiseLaw(nn.Module):
     def _shaped(self, z: Tensor, ratio: Tensor) -> Tensor:
         """Normal z -> noise of variance 1 at a signal-to-noise ratio, by the table; beyond its ends, as at its ends."""
         row = (ratio.clamp_min(0).sqrt() - self.signal[0]) / (self.signal[1] - self.signal[0])
-        places = torch.stack([z / NORMAL[-1], 2 * row - 1], -1).reshape(1, 1, -1, 2)
-        return F.grid_sample(self.table[None, None], places, padding_mode="border", align_corners=True).view_as(z)
+        places = torch.stack([z / NORMAL[-1], 2 * row - 1], -1).reshape(len(z), 1, -1, 2)
+        table = self.table.expand(len(z), 1, -1, -1)  # an image at a time, which is how threads share the work
+        return F.grid_sample(table, places, padding_mode="border", align_corners=True).view_as(z)
 
     # --- fitting ------------------------------------------------------------------------------------------------------
 

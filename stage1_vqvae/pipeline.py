@@ -1,5 +1,6 @@
 """Stage 1 from a config to a published autoencoder: train, fit the noise law, fit the latent statistics, publish."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from stage1_vqvae.vqvae import VQVAE
 
 # Of full scale, as the network sees it, above the background: where a lens is bright enough for its noise to matter to a fit.
 LIT = 0.1
+ENOUGH = 20_000_000  # pixels: more of them make no better law, and all are held in memory at once
 
 
 def train(config: Stage1, resume: str = "auto") -> Path:
@@ -54,7 +56,8 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
     autoencoder: VQVAE = module.shadow.eval()  # type: ignore[assignment]
     device = choose_device(config.trainer.accelerator)
     autoencoder.to(device)
-    train, held_out = images.split("train"), images.split("validation")[: config.noise.images]
+    train, held_out = images.split("train"), images.split("validation")
+    held_out = held_out[: min(config.noise.images, max(8, ENOUGH // math.prod(images.image_shape)))]
 
     precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
     # As it was trained and will be used, so that the law and the statistics are those of that precision.
