@@ -99,20 +99,22 @@ class Results:
             f"# {self.ablation.name}\n\n{self.table()}\n\n"
             "Excesses: of the Fréchet distance over that of real images to real images, whose scatter is behind ±. rFD: of "
             "observed reconstructions; FD: of samples. PSNR and lit error / noise: of clean reconstructions against the "
-            "clean truth. GFLOP: of encoding and decoding an image. TFLOP: of training stage 1. Seconds: of all parts.\n"
+            "clean truth; lenses: share of the observed ones that a lens model fits at the noise level. GFLOP: of encoding "
+            "and decoding an image. TFLOP: of training stage 1. Seconds: of all parts.\n"
         )
         write_atomically(self.folder / "ablation.md", about.encode())
 
     def table(self, cells: Sequence[str] | None = None) -> str:
         """Markdown: a row for each cell that was begun."""
-        rows = [["cell", "rFD excess", "PSNR [dB]", "lit error / noise", "FD excess", "GFLOP", "codes used", "steps", "TFLOP",
-                 "seconds", "n"]]  # fmt: skip
+        rows = [["cell", "rFD excess", "PSNR [dB]", "lit error / noise", "lenses", "FD excess", "GFLOP", "codes used",
+                 "steps", "TFLOP", "seconds", "n"]]  # fmt: skip
         for name in self.cells if cells is None else cells:
             record = self.cells.get(name, {})
             s, state = record.get("scores", {}), record.get("status")
             note = {"done": "", "failed": f" (failed: {record.get('error')})"}.get(state or "", " (not finished)")
             values = [
                 _excess(s, "rfd"), _number(s.get("psnr"), ".2f"), _number(s.get("lit_error_over_noise"), ".4f"),
+                _number(s.get("lens_share"), ".0%"),
                 _excess(s, "fd"), _number(s.get("gflop"), ".2f"), _number(s.get("codes_used"), ".1%"),
                 _number(record.get("stage1", {}).get("trainer", {}).get("max_steps"), "d"), _number(s.get("tflop"), ".1f"),
                 _number(sum(record.get("seconds", {}).values()) or None, ".0f"), _number(s.get("n"), "d"),
