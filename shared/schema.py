@@ -181,7 +181,16 @@ class Loss(Block):
     @model_validator(mode="after")
     def _something(self) -> "Loss":
         # An adversary alone knows what an image is, but not which one was wanted.
-        direct = (self.l1, self.stretched, self.mse, self.chi, self.ssim, self.spectrum, self.perceptual)
+        direct = (
+            self.l1,
+            self.stretched,
+            self.mse,
+            self.chi,
+            self.ssim,
+            self.spectrum,
+            self.perceptual,
+            self.likelihood,
+        )
         return _check(self, any(direct), "at least one weight beside the adversary's must be greater than 0")
 
 

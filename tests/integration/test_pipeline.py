@@ -89,6 +89,23 @@ def test_a_seed_is_a_lens_whatever_is_drawn_with_it(at_home: Path) -> None:
     assert torch.equal(together, generator.images([3, 4, 5, 6, 7], batch_size=5))
 
 
+def test_an_autoencoder_that_predicts_the_variance_of_its_noise_trains_and_is_scored(at_home: Path) -> None:
+    main([
+        "train-vqvae", "--config", "stage1/vqvae.yaml", "--name", "learned", "--data.path", "data/smoke",
+        "--autoencoder.widths", "[16, 16]", "--autoencoder.decoder_blocks", "1", "--autoencoder.predict_variance", "true",
+        "--autoencoder.quantizer.name", "none", "--loss.likelihood", "0.05", "--trainer.max_steps", "20",
+        "--logger.wandb", "disabled",
+    ])  # fmt: skip
+    config, _ = load("checkpoints/learned", "autoencoder")
+    assert config["metrics"]["noise"]["scaled"] is True  # deeplense scales each image to its own range
+    assert config["metrics"]["noise"]["step"] > 0  # of whole counts
+    main(["evaluate-vqvae", "checkpoints/learned", "--reference", "data/smoke", "--count", "8", "--device", "cpu"])
+    metrics = json.loads(Path("checkpoints/learned/evaluation/metrics.json").read_text())
+    assert metrics["distances"]["fd_efflite0"]["truth + fitted noise"]["n"] == 8
+    # Images scaled as the data are: darkest at 0, brightest at 1.
+    assert metrics["physics"]["reconstructions"]["peak"]["w1"] == 0
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "ab2"])
 def test_every_sampler_runs_from_the_same_checkpoint(at_home: Path, sampler: str) -> None:
     generator = Generator.from_pretrained("checkpoints/smoke-stage2", "cpu")

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.data.normalise import PixelTransform
+from stage1_vqvae.losses import ReconstructionLoss
+from stage1_vqvae.noise import NoiseLaw
 from stage1_vqvae.vqvae import VQVAE
 
 QUANTIZERS = {
@@ -159,3 +161,36 @@ def test_observed_images_differ_from_clean_ones_by_the_law_and_stay_in_range() -
     assert observed.max() <= 1
     again = model.decode(latents, generator=[torch.Generator().manual_seed(s) for s in range(4)])
     assert torch.equal(observed, again)
+
+
+def test_a_decoder_that_predicts_the_variance_starts_from_the_law_and_is_heard() -> None:
+    model, images = small((2, 33, 47), predict_variance=True), torch.rand(3, 2, 33, 47)
+    with torch.no_grad():
+        model.fit_latents([images])
+        out = model(model.transform(images))
+        assert out.clean.shape == out.log_ratio.shape == images.shape
+        assert not out.log_ratio.any()
+        model.noise.dark[0] = 1e-6
+        plain = model.decode(model.encode(images), generator=torch.Generator().manual_seed(0))
+        # The last layer gives the pixels of a cell, first those of the image and then those of the variance.
+        model.decoder[-2].bias[2 * 25 :] = torch.tensor(9.0).log()
+        clean = model.decode(model.encode(images), observed=False)
+        louder = model.decode(model.encode(images), generator=torch.Generator().manual_seed(0))
+    inside = (clean > 0.05) & (clean < 0.95)
+    assert torch.allclose((louder - clean)[inside], 3 * (plain - clean)[inside], atol=2e-6)
+
+
+def test_the_likelihood_teaches_the_variance_and_the_image() -> None:
+    model, images = small(predict_variance=True), torch.rand(2, 1, 30, 30)
+    law = NoiseLaw()
+    law.dark[0] = 1e-3
+    weights = {"l1": 0.0, "stretched": 0.0, "mse": 0.0, "chi": 0.0, "likelihood": 1.0}
+    out = model(model.transform(images))
+    total, terms = ReconstructionLoss(**weights, law=law, transform=model.transform)(
+        (out.clean + 1) / 2, images, 0, out.log_ratio
+    )
+    assert set(terms) == {"likelihood"}
+    total.backward()
+    image, variance = model.decoder[-2].weight.grad.chunk(2)
+    assert bool(image.any())
+    assert bool(variance.any())
