@@ -202,6 +202,9 @@ class Regularize(Block):
     )
     latent_noise: float = key(0.0, "of latents when decoded: up to that many of their standard deviations", ge=0)
     bypass: float = key(0.0, "share of the images decoded from latents that were not quantised", ge=0, le=1)
+    recorrupt: float = key(
+        0.0, "alpha of R2R: noise added to what is encoded, and 1 / alpha taken off the target", ge=0
+    )
 
 
 class Noise(Block):

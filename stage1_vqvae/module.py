@@ -13,7 +13,7 @@ from shared.data.symmetries import Turns, apply_each
 from shared.report import save_grid
 from shared.training import StageModule
 from stage1_vqvae.losses import ReconstructionLoss
-from stage1_vqvae.noise import estimate_law
+from stage1_vqvae.noise import estimate_law, recorrupt
 from stage1_vqvae.quantizers import CodeUsage
 from stage1_vqvae.regularize import Regularizer
 from stage1_vqvae.vqvae import VQVAE
@@ -38,7 +38,7 @@ class VQVAEModule(StageModule):
         law = estimate_law(transform.light(self.unit(transform(images.batch(train[:VALIDATION])))))
         channels = network.image_shape[0]
         self.criterion = ReconstructionLoss(**config.loss.model_dump(), law=law, transform=transform, channels=channels)
-        options = config.regularize.model_dump()
+        options = config.regularize.model_dump(exclude={"recorrupt"})
         self.regularize = Regularizer(**options) if any(options.values()) else None
         self.warned_of_collapse = False
 
@@ -57,8 +57,11 @@ class VQVAEModule(StageModule):
         return self.trainer.global_step >= self.network.quantizer.warmup_steps
 
     def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        scaled = self.network.transform(batch)
-        out = self.network(scaled, quantize=self.quantizing, regularize=self.regularize)
+        alpha, transform = self.config.regularize.recorrupt, self.network.transform
+        given, wanted = recorrupt(batch, self.criterion.law, alpha) if alpha > 0 else (batch, batch)
+        out = self.network(
+            transform(given), quantize=self.quantizing, regularize=self.regularize, target=transform(wanted)
+        )
         total, terms = self.criterion(
             self.unit(out.clean.float()), self.unit(out.target), self.trainer.global_step, out.log_ratio
         )

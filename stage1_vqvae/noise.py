@@ -246,12 +246,25 @@ def estimate_law(images: Tensor) -> NoiseLaw:
 
     Good to some per cent where the light is smooth over five pixels; the training loss weighs its pixels by it.
     """
-    channels = images.shape[1]
-    box = torch.full((channels, 1, 5, 5), 1 / 25, device=images.device)
-    smooth = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), box, groups=channels)
     law = NoiseLaw().to(images.device)
-    law.fit(images, smooth)
+    law.fit(images, smooth(images))
     return law
+
+
+def recorrupt(images: Tensor, law: NoiseLaw, alpha: float) -> tuple[Tensor, Tensor]:
+    """images (N, C, H, W) -> two of each whose noises do not correlate: images + alpha e and images - e / alpha, e drawn by
+    the law (R2R, Pang et al. 2021).
+
+    An encoder that is given the one and judged by the other cannot win by passing on noise. The law need not be exact,
+    and its variance is that of smoothed images: where it is affine, the noises are then uncorrelated on average.
+    """
+    drawn = law.variance(smooth(images)).sqrt() * torch.randn_like(images)
+    return images + alpha * drawn, images - drawn / alpha
+
+
+def smooth(images: Tensor) -> Tensor:
+    """The mean over 5 × 5 pixels, the same shape."""
+    return F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
 
 
 def standard_normal(like: Tensor, generator: Generators) -> Tensor:

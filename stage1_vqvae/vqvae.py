@@ -127,13 +127,20 @@ class VQVAE(Autoencoder):
         self.latents, self.predict_variance = latents, predict_variance
         self.noise = NoiseLaw()
 
-    def forward(self, scaled: Tensor, quantize: bool = True, regularize: Regularizer | None = None) -> Reconstruction:
+    def forward(
+        self,
+        scaled: Tensor,
+        quantize: bool = True,
+        regularize: Regularizer | None = None,
+        target: Tensor | None = None,
+    ) -> Reconstruction:
         """scaled (N, C, H, W) in [-1, 1] -> its reconstruction.
 
+        target       what it should be like, where that is not `scaled`
         regularize   in training mode alone; what it transforms is not cropped
         """
-        padded = self._pad(scaled)
-        features = self.encoder(padded)
+        target = scaled if target is None else target
+        features = self.features(scaled)
         raw = self.quantizer.latent(features)
         if quantize:
             latents, indices, loss = self.quantizer(features)
@@ -145,9 +152,9 @@ class VQVAE(Autoencoder):
             latents, transformation = regularize(self.quantizer.relaxed(raw), latents)
         if transformation is None:
             clean, log_ratio = self._image(latents)
-            return Reconstruction(clean, scaled, indices, loss, log_ratio)
+            return Reconstruction(clean, target, indices, loss, log_ratio)
         clean, log_ratio = self._split(self.decoder(latents))
-        return Reconstruction(clean, transformation(padded), indices, loss, log_ratio)
+        return Reconstruction(clean, transformation(self._pad(target)), indices, loss, log_ratio)
 
     def features(self, scaled: Tensor) -> Tensor:
         """scaled (N, C, H, W) in [-1, 1] -> what the quantiser is given, (N, quantizer.inputs, h, w)."""
