@@ -202,18 +202,18 @@ class Regularize(Block):
     )
     latent_noise: float = key(0.0, "of latents when decoded: up to that many of their standard deviations", ge=0)
     bypass: float = key(0.0, "share of the images decoded from latents that were not quantised", ge=0, le=1)
-    recorrupt: float = key(
-        0.0, "alpha of R2R: noise added to what is encoded, and 1 / alpha taken off the target", ge=0
-    )
 
 
 class Noise(Block):
-    """What is drawn over decoded images: fitted after training."""
+    """What is drawn over decoded images, fitted after training; and what keeps noise out of the latents."""
 
     law: Literal["image", "affine", "none"] = key(
         "image", "affine: variance a + b signal, normal; image: as real images show it; none: decode clean images only"
     )
     images: int = key(512, "validation images it is fitted to", ge=1)
+    recorrupt: float = key(
+        0.0, "in training: encode images with that many times their noise added, and judge by others", ge=0
+    )
 
 
 # --- stage 2 ----------------------------------------------------------------------------------------------------------
@@ -370,6 +370,14 @@ class Stage1(_Run):
         predicted = info.data["autoencoder"].predict_variance if "autoencoder" in info.data else loss.likelihood > 0
         what = "likelihood above 0 and autoencoder.predict_variance true need each other: the one trains the other"
         return _check(loss, (loss.likelihood > 0) == predicted, what)
+
+    @field_validator("noise")
+    @classmethod
+    def _compares_with_images(cls, noise: Noise, info: ValidationInfo) -> Noise:
+        loss = info.data.get("loss")
+        compares = loss is not None and (loss.perceptual > 0 or loss.adversarial > 0)
+        what = "recorrupt makes targets noisier than images; loss.perceptual and loss.adversarial compare with images: set 0"
+        return _check(noise, noise.recorrupt == 0 or not compares, what)
 
     @field_validator("noise")
     @classmethod

@@ -27,14 +27,14 @@ def stretched_l1(output: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(torch.asinh(output / KNEE) / scale, torch.asinh(target / KNEE) / scale)
 
 
-def chi(output: Tensor, target: Tensor, law: NoiseLaw, delta: float = 3.0) -> Tensor:
+def chi(output: Tensor, target: Tensor, law: NoiseLaw, delta: float = 3.0, noisier: float = 1.0) -> Tensor:
     """Residuals in units of the noise: quadratic up to about `delta` standard deviations, linear beyond (pseudo-Huber).
 
     The pixels are linear in the data, as the law is. The noise is that of the output, without gradient:
     quasi-likelihood, whose optimum is the mean of the clean image but for the tail it takes linearly (0.4 % low at 10
     counts a pixel), where weights taken from the noisy target would be biased towards its low pixels.
     """
-    residual = (output - target) / law.variance(output.detach()).sqrt().clamp_min(1e-6)
+    residual = (output - target) / (noisier * law.variance(output.detach())).sqrt().clamp_min(1e-6)
     return (delta**2 * ((1 + (residual / delta).square()).sqrt() - 1)).mean()
 
 
@@ -92,6 +92,7 @@ class ReconstructionLoss(nn.Module):
     transform   of the pixels
     law         of the noise in `transform.light`; estimated from the images before training
     channels    of the images, for the discriminator
+    noisier     how many times the variance of the law the noise of the targets has
 
     The noise law holds in the data's own units, so `chi` goes back to them: there alone is its optimum the mean of the
     light and not of its asinh. `stretched` finds asinh data stretched already. Under asinh the optimum of `spectrum` is,
@@ -117,6 +118,7 @@ class ReconstructionLoss(nn.Module):
         law: NoiseLaw,
         transform: PixelTransform,
         channels: int = 1,
+        noisier: float = 1.0,
     ) -> None:
         super().__init__()
         self.weights = {
@@ -124,7 +126,7 @@ class ReconstructionLoss(nn.Module):
             "perceptual": perceptual, "likelihood": likelihood, "adversarial": adversarial, "feature_matching": feature_matching,
             "discriminator": 1.0,
         }  # fmt: skip
-        self.law, self.transform, self.discriminator_lr = law, transform, discriminator_lr
+        self.law, self.transform, self.discriminator_lr, self.noisier = law, transform, discriminator_lr, noisier
         self.perceptual = Perceptual() if perceptual > 0 else None
         self.adversary: Adversary | None = None
         if adversarial > 0:
@@ -152,7 +154,8 @@ class ReconstructionLoss(nn.Module):
             values = self._values(output.float(), target.float(), step)
             if log_ratio is not None and self.weights["likelihood"] > 0:
                 light = self.transform.light(output.float())
-                residual, variance = light - self.transform.light(target.float()), self.law.variance(light.detach())
+                residual = light - self.transform.light(target.float())
+                variance = self.noisier * self.law.variance(light.detach())
                 values["likelihood"] = likelihood(residual, variance, log_ratio)
         return torch.stack([self.weights[name] * value for name, value in values.items()]).sum(), values
 
@@ -162,7 +165,7 @@ class ReconstructionLoss(nn.Module):
             "l1": lambda: F.l1_loss(output, target),
             "stretched": lambda: stretched(output, target),
             "mse": lambda: F.mse_loss(output, target),
-            "chi": lambda: chi(light(output), light(target), self.law),
+            "chi": lambda: chi(light(output), light(target), self.law, noisier=self.noisier),
             "ssim": lambda: ssim_loss(output, target),
             "spectrum": lambda: focal_frequency(output, target),
         }

@@ -37,8 +37,12 @@ class VQVAEModule(StageModule):
         transform = network.transform
         law = estimate_law(transform.light(self.unit(transform(images.batch(train[:VALIDATION])))))
         channels = network.image_shape[0]
-        self.criterion = ReconstructionLoss(**config.loss.model_dump(), law=law, transform=transform, channels=channels)
-        options = config.regularize.model_dump(exclude={"recorrupt"})
+        alpha = config.noise.recorrupt
+        noisier = 1 + alpha**-2 if alpha > 0 else 1.0
+        self.criterion = ReconstructionLoss(
+            **config.loss.model_dump(), law=law, transform=transform, channels=channels, noisier=noisier
+        )
+        options = config.regularize.model_dump()
         self.regularize = Regularizer(**options) if any(options.values()) else None
         self.warned_of_collapse = False
 
@@ -57,7 +61,7 @@ class VQVAEModule(StageModule):
         return self.trainer.global_step >= self.network.quantizer.warmup_steps
 
     def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        alpha, transform = self.config.regularize.recorrupt, self.network.transform
+        alpha, transform = self.config.noise.recorrupt, self.network.transform
         given, wanted = recorrupt(batch, self.criterion.law, alpha) if alpha > 0 else (batch, batch)
         out = self.network(
             transform(given), quantize=self.quantizing, regularize=self.regularize, target=transform(wanted)

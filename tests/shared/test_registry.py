@@ -131,7 +131,7 @@ def test_the_diffusion_block_names_the_schedules_and_the_times_that_there_are():
 
 def test_the_loss_block_has_the_terms_of_the_loss():
     parameters = options_of(import_module("stage1_vqvae.losses").ReconstructionLoss)
-    for known in ("law", "transform", "channels"):
+    for known in ("law", "transform", "channels", "noisier"):
         parameters.pop(known)
     agree(schema.Loss, parameters)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stage1_vqvae.noise import HIGH_PASS, NoiseLaw, estimate_law, likelihood, standard_normal
+from stage1_vqvae.noise import HIGH_PASS, NoiseLaw, estimate_law, likelihood, recorrupt, standard_normal
 
 COUNTS = 800.0  # at the peak of a DeepLense image; its sky is 10
 SKY = 10.0
@@ -192,6 +192,22 @@ def test_what_a_decoder_says_of_the_variance_is_drawn() -> None:
     noise = law(clean, torch.Generator().manual_seed(0), said) - clean
     assert float(noise[..., :200].var()) == pytest.approx(1e-4, rel=0.03)
     assert float(noise[..., 200:].var()) == pytest.approx(4e-4, rel=0.03)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_recorrupted_images_have_noises_that_do_not_correlate(alpha: float) -> None:
+    """The slope of the one's noise on the other's; with the image itself for both it is 1."""
+    torch.manual_seed(9)
+    clean = rings(160)
+    images = photons(clean)
+    given, target = recorrupt(images, estimate_law(images), alpha)
+    for part in (clean < 1.2 * SKY / COUNTS, (clean > 0.2) & (clean < 0.6)):
+        noise, other = (given - clean)[part].double(), (target - clean)[part].double()
+        variance = float((images - clean)[part].var())
+        assert float((noise * other).mean() / variance) == pytest.approx(0, abs=0.05)
+        assert float(noise.var()) == pytest.approx((1 + alpha**2) * variance, rel=0.05)
+        assert float(other.var()) == pytest.approx((1 + alpha**-2) * variance, rel=0.05)
+        assert float(other.mean()) == pytest.approx(0, abs=0.02 * variance**0.5)
 
 
 def test_the_likelihood_is_that_of_a_normal_variable_and_finds_the_variance() -> None:
