@@ -212,7 +212,7 @@ class Noise(Block):
     )
     images: int = key(512, "validation images it is fitted to", ge=1)
     recorrupt: float = key(
-        0.0, "in training: encode images with that many times their noise added, and judge by others", ge=0
+        1.0, "in training: encode images with that many times their noise added, and judge by others", ge=0
     )
 
 
@@ -370,14 +370,6 @@ class Stage1(_Run):
         predicted = info.data["autoencoder"].predict_variance if "autoencoder" in info.data else loss.likelihood > 0
         what = "likelihood above 0 and autoencoder.predict_variance true need each other: the one trains the other"
         return _check(loss, (loss.likelihood > 0) == predicted, what)
-
-    @field_validator("noise")
-    @classmethod
-    def _compares_with_images(cls, noise: Noise, info: ValidationInfo) -> Noise:
-        loss = info.data.get("loss")
-        compares = loss is not None and (loss.perceptual > 0 or loss.adversarial > 0)
-        what = "recorrupt makes targets noisier than images; loss.perceptual and loss.adversarial compare with images: set 0"
-        return _check(noise, noise.recorrupt == 0 or not compares, what)
 
     @field_validator("noise")
     @classmethod

@@ -63,11 +63,12 @@ class VQVAEModule(StageModule):
     def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         alpha, transform = self.config.noise.recorrupt, self.network.transform
         given, wanted = recorrupt(batch, self.criterion.law, alpha) if alpha > 0 else (batch, batch)
-        out = self.network(
-            transform(given), quantize=self.quantizing, regularize=self.regularize, target=transform(wanted)
-        )
+        out = self.network(transform(given), quantize=self.quantizing, regularize=self.regularize)
+        target = real = out.target
+        if alpha > 0:
+            target, real = (self.network.alike(transform(x), out.transformation) for x in (wanted, batch))
         total, terms = self.criterion(
-            self.unit(out.clean.float()), self.unit(out.target), self.trainer.global_step, out.log_ratio
+            self.unit(out.clean.float()), self.unit(target), self.trainer.global_step, out.log_ratio, self.unit(real)
         )
         return total + out.commitment, {**terms, "commitment": out.commitment}
 

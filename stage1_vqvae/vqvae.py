@@ -17,7 +17,7 @@ from shared.data.normalise import PixelTransform
 from shared.registry import build
 from stage1_vqvae.noise import Generators, NoiseLaw
 from stage1_vqvae.quantizers import Quantizer
-from stage1_vqvae.regularize import Regularizer
+from stage1_vqvae.regularize import Regularizer, Transformation
 
 LARGEST_RATIO = 6.0  # of logarithms: the law is within a factor of 400
 
@@ -71,11 +71,12 @@ def decoder(
 class Reconstruction(NamedTuple):
     """What training sees of a batch.
 
-    clean       (N, C, H, W) in [-1, 1]
-    target      what it should be like: the batch itself, unless a regulariser has turned both, or made both smaller
-    indices     (N, h, w) or (N, h, w, heads) of codes
-    commitment  () the quantiser's own loss
-    log_ratio   as `clean`: log of the variance of its noise over that of the noise law, if the decoder predicts it
+    clean            (N, C, H, W) in [-1, 1]
+    target           what it should be like: the batch itself, unless a regulariser has turned both, or made both smaller
+    indices          (N, h, w) or (N, h, w, heads) of codes
+    commitment       () the quantiser's own loss
+    log_ratio        as `clean`: log of the variance of its noise over that of the noise law, if the decoder predicts it
+    transformation   what the regulariser has done, for `alike`
     """
 
     clean: Tensor
@@ -83,6 +84,7 @@ class Reconstruction(NamedTuple):
     indices: Tensor
     commitment: Tensor
     log_ratio: Tensor | None
+    transformation: Transformation | None
 
 
 class VQVAE(Autoencoder):
@@ -127,19 +129,11 @@ class VQVAE(Autoencoder):
         self.latents, self.predict_variance = latents, predict_variance
         self.noise = NoiseLaw()
 
-    def forward(
-        self,
-        scaled: Tensor,
-        quantize: bool = True,
-        regularize: Regularizer | None = None,
-        target: Tensor | None = None,
-    ) -> Reconstruction:
+    def forward(self, scaled: Tensor, quantize: bool = True, regularize: Regularizer | None = None) -> Reconstruction:
         """scaled (N, C, H, W) in [-1, 1] -> its reconstruction.
 
-        target       what it should be like, where that is not `scaled`
         regularize   in training mode alone; what it transforms is not cropped
         """
-        target = scaled if target is None else target
         features = self.features(scaled)
         raw = self.quantizer.latent(features)
         if quantize:
@@ -152,9 +146,13 @@ class VQVAE(Autoencoder):
             latents, transformation = regularize(self.quantizer.relaxed(raw), latents)
         if transformation is None:
             clean, log_ratio = self._image(latents)
-            return Reconstruction(clean, target, indices, loss, log_ratio)
+            return Reconstruction(clean, scaled, indices, loss, log_ratio, None)
         clean, log_ratio = self._split(self.decoder(latents))
-        return Reconstruction(clean, transformation(self._pad(target)), indices, loss, log_ratio)
+        return Reconstruction(clean, self.alike(scaled, transformation), indices, loss, log_ratio, transformation)
+
+    def alike(self, scaled: Tensor, transformation: Transformation | None) -> Tensor:
+        """Images as a reconstruction should be like them that a regulariser has transformed."""
+        return scaled if transformation is None else transformation(self._pad(scaled))
 
     def features(self, scaled: Tensor) -> Tensor:
         """scaled (N, C, H, W) in [-1, 1] -> what the quantiser is given, (N, quantizer.inputs, h, w)."""

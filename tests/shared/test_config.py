@@ -123,7 +123,7 @@ def test_options_beside_a_name_that_is_given_twice_belong_to_the_last(write):
 
 def test_a_block_within_a_block_is_replaced_alone():
     config = load_config(Stage1, ["stage1/vqvae"], ["--autoencoder.quantizer.name=fsq", "--autoencoder.stem=3"])
-    assert to_dict(config.autoencoder.quantizer) == {"name": "fsq", "levels": [16, 16, 16, 16, 16]}
+    assert to_dict(config.autoencoder.quantizer) == {"name": "fsq", "levels": [64, 64, 64, 64, 64]}
     assert config.autoencoder.stem == 3
     assert config.autoencoder.widths == (64, 128)
 
