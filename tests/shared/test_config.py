@@ -123,7 +123,7 @@ def test_options_beside_a_name_that_is_given_twice_belong_to_the_last(write):
 
 def test_a_block_within_a_block_is_replaced_alone():
     config = load_config(Stage1, ["stage1/vqvae"], ["--autoencoder.quantizer.name=fsq", "--autoencoder.stem=3"])
-    assert to_dict(config.autoencoder.quantizer) == {"name": "fsq", "levels": [64, 64, 64, 64, 64]}
+    assert to_dict(config.autoencoder.quantizer) == {"name": "fsq", "levels": [16, 16, 16, 16, 16]}
     assert config.autoencoder.stem == 3
     assert config.autoencoder.widths == (64, 128)
 
@@ -307,11 +307,11 @@ def test_wrong_types_and_bounds_are_refused(override, problem):
         (Stage1, "stage1/vqvae", ["loss={l1: 0, stretched: 0, mse: 0, chi: 0, adversarial: 1}"],
          "command line: loss: at least one weight beside the adversary's must be greater than 0"),
         (Stage1, "stage1/vqvae", ["loss.likelihood=0.05"],
-         "command line: loss: likelihood above 0 and autoencoder.predict_variance true need each other"),
+         "command line: loss: likelihood above 0 and autoencoder.predict_variance true need each other: the one trains the other"),
         (Stage1, "stage1/vqvae", ["autoencoder.predict_variance=true"],
-         "configs/stage1/vqvae.yaml: loss: likelihood above 0 and autoencoder.predict_variance true need each other"),
+         "configs/stage1/vqvae.yaml: loss: likelihood above 0 and autoencoder.predict_variance true need each other: the one trains the other"),
         (Stage1, "stage1/vqvae", ["autoencoder.predict_variance=true", "loss.likelihood=0.05", "noise.law=none"],
-         "command line: noise: law none draws no noise"),
+         "command line: noise: law none draws no noise: no variance to predict"),
         (Stage1, "stage1/vqvae", ["loss.feature_matching=1"],
          "command line: loss.feature_matching: needs a discriminator: set adversarial greater than 0"),
         (Stage1, "stage1/vqvae", ["loss.adversarial=0.1", "trainer.max_steps=1000"],
