@@ -368,7 +368,7 @@ class Stage1(_Run):
     @classmethod
     def _variance_is_learned(cls, loss: Loss, info: ValidationInfo) -> Loss:
         predicted = info.data["autoencoder"].predict_variance if "autoencoder" in info.data else loss.likelihood > 0
-        what = "likelihood above 0 and autoencoder.predict_variance true need each other: the one trains the other"
+        what = "likelihood above 0 and autoencoder.predict_variance true need each other"
         return _check(loss, (loss.likelihood > 0) == predicted, what)
 
     @field_validator("noise")
