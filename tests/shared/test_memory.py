@@ -76,7 +76,7 @@ def autoencoder(**quantizer: Any) -> VQVAE:
 
 def stage1() -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor], Tensor]:
     def loss(network: nn.Module, batch: Tensor) -> Tensor:
-        output, target, _, commitment = network(batch)
+        output, target, _, commitment, *_ = network(batch)
         return (output - target).square().mean() + commitment
 
     return autoencoder(name="vq", codebook_size=16), loss, torch.rand(16, 1, 40, 40)
