@@ -58,10 +58,13 @@ class Autoencoder(nn.Module):
         observed   with pixel noise, as a telescope would deliver them; False: the clean light
         generator  of the pixel noise; a sequence holds one for each image
         """
-        raw = latents * self.latent_std + self.latent_mean
-        scaled, said = self.from_raw(raw)
-        clean = self.transform.inverse(scaled.float())
+        clean, said = self.decode_clean(latents)
         return self.observe(clean, generator, said) if observed else clean
+
+    def decode_clean(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """latents (N, c, h, w) -> clean images (N, C, H, W), and what the decoder says of their noise, for `observe`."""
+        scaled, said = self.from_raw(latents * self.latent_std + self.latent_mean)
+        return self.transform.inverse(scaled.float()), said
 
     @torch.no_grad()
     def fit_latents(self, batches: Iterable[Tensor]) -> None:

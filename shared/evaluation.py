@@ -22,6 +22,7 @@ from shared.report import panels, rasterise
 
 LARGEST = 2500  # images a side by default: 1/n has fallen below the differences of interest
 BATCH = 32  # images at once; with 64 an evaluation takes 0.2 GB more and no less time
+NOISE_SEEDS = 1 << 31  # of the reconstructions' pixel noise, away from those of samples
 BINS = 100  # of the histogram of pixel values
 
 

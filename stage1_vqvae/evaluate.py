@@ -35,6 +35,7 @@ from shared.data.normalise import PixelTransform, hint, sky
 from shared.errors import UserError
 from shared.evaluation import (
     BATCH,
+    NOISE_SEEDS,
     Measured,
     add_options,
     check_reference,
@@ -54,12 +55,10 @@ from shared.precision import autocast, check_device, choose_device
 from shared.report import Report, colour, grid, loss_curves, panels, rasterise, save_picture, sheet
 from shared.simulate.images import observe, render
 from shared.simulate.preset import Preset, draw_parameters
-from stage1_vqvae.noise import NoiseLaw
+from stage1_vqvae.noise import LIT, NoiseLaw
 from stage1_vqvae.quantizers import CodeUsage
 from stage1_vqvae.vqvae import VQVAE
 
-LIT = 0.1  # of full scale, as the network sees it, above the background: the pixels that a lens lights
-NOISE_SEEDS = 1 << 31  # of the reconstructions' pixel noise
 LAGS = 5
 FITTED_TO = 512  # validation images, where a model has no noise law and one must be fitted here
 SHOWN, WORST = 8, 16
@@ -421,11 +420,11 @@ def reconstruct(
     images = images.to(device).contiguous(memory_format=torch.channels_last)
     with autocast(device, precision):
         latents = model.encode(images)
-        clean = model.decode(latents, observed=False).float().cpu()
-        observed = model.decode(latents, generator=generators(first, len(images))).float().cpu()
-        again = model(model.transform(images))
-    said = None if again.log_ratio is None else again.log_ratio.float().cpu()
-    return clean.contiguous(), observed.contiguous(), again.indices.cpu(), said
+        clean, said = model.decode_clean(latents)
+        observed = model.observe(clean, generators(first, len(images)), said)
+        codes = model.quantizer(model.features(model.transform(images)))[1]
+    said = None if said is None else said.cpu()
+    return clean.cpu().contiguous(), observed.cpu().contiguous(), codes.cpu(), said
 
 
 def spread(law: NoiseLaw, clean: Tensor, said: Tensor | None) -> Tensor:
@@ -437,15 +436,12 @@ def code_use(indices: Tensor, codes: int) -> tuple[dict[str, float], list[np.nda
     """indices (N, h, w), or (N, h, w, heads) of several codebooks -> {codes, heads, codes_used, perplexity, dead}, means over
     the heads and the sum of the dead codes; and of each head how often its codes are used, most first."""
     heads = (indices if indices.ndim == 4 else indices[..., None]).unbind(-1)
-    used, counts = [], []
-    for head in heads:
-        usage = CodeUsage(codes)
-        usage.update(head)
-        used.append(usage.compute())
-        counts.append(np.sort(head.unique(return_counts=True)[1].numpy())[::-1])
-    metrics = {key: float(np.mean([one[key] for one in used])) for key in ("codes_used", "perplexity")}
-    dead = len(heads) * codes - sum(map(len, counts))
-    return {"codes": codes, "heads": len(heads), **metrics, "dead": dead}, counts
+    usage = CodeUsage(codes, len(heads))
+    usage.update(indices)
+    found = usage.compute()
+    counts = [np.sort(head.unique(return_counts=True)[1].numpy())[::-1] for head in heads]
+    metrics = {key: found[key] for key in ("codes_used", "perplexity")}
+    return {"codes": codes, "heads": len(heads), **metrics, "dead": int(found["dead_codes"])}, counts
 
 
 @torch.no_grad()

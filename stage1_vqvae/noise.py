@@ -27,6 +27,8 @@ NORMAL = torch.linspace(-5, 5, 41)  # where the table holds its quantiles: a nor
 SIGNALS = 16  # rows of the table, from dark to bright
 FEW = 1000  # pixels do not tell a shape
 LEVEL_SHARE = 0.1  # of an image is taken to be background
+# Of full scale, as the network sees it, above the background: where a lens is bright enough for its noise to matter to a fit.
+LIT = 0.1
 WHOLE = 0.02  # of a count: how far a whole one may be off
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -78,12 +80,9 @@ class NoiseLaw(nn.Module):
         means = F.avg_pool2d(images, side).flatten(2)
         return means.kthvalue(1 + int(LEVEL_SHARE * (means.shape[-1] - 1)), dim=2).values[..., None, None]
 
-    def variance(self, clean: Tensor, level: Tensor | None = None) -> Tensor:
-        """clean (N, C, H, W) -> variance of the noise of a pixel, the same shape.
-
-        level   of the background; None: that of the clean images themselves
-        """
-        level = self.level(clean) if level is None else level
+    def variance(self, clean: Tensor) -> Tensor:
+        """clean (N, C, H, W) -> variance of the noise of a pixel, the same shape."""
+        level = self.level(clean)
         return self._dark(level) + self.b * (clean - level).clamp_min(0)
 
     def forward(self, clean: Tensor, generator: Generators = None, log_ratio: Tensor | None = None) -> Tensor:
@@ -147,15 +146,9 @@ class NoiseLaw(nn.Module):
             self._fit_shape(residual, clean, log_ratio)
         said = 1.0 if log_ratio is None else _filter(log_ratio.exp(), HIGH_PASS.square())
         drawn = (self._dark(level) + self.b * signal) * said
-        edges = _edges(signal)
-        bins = torch.bucketize(signal, edges[1:-1]).flatten()
-        count = torch.bincount(bins, minlength=len(edges) - 1).double()
-        keep = count >= min(200, float(count.max()))  # of a few small images the fullest bin must do
-        plain = residual[..., 2:-2, 2:-2].square()
-        columns = {"signal": signal, "variance": noise, "residual_variance": plain, "law": drawn}
-        curve = {name: (torch.bincount(bins, v.flatten().double(), len(count)) / count.clamp_min(1))[keep]
-                 for name, v in columns.items()}  # fmt: skip
-        return {name: values.tolist() for name, values in {**curve, "pixels": count[keep]}.items()}
+        columns = _binned(signal, noise, residual[..., 2:-2, 2:-2].square(), drawn)
+        names = ("signal", "variance", "residual_variance", "law", "pixels")
+        return {name: values.tolist() for name, values in zip(names, columns, strict=True)}
 
     def _fit_variance(self, signal: Tensor, noise: Tensor, level: Tensor, of_each: bool) -> None:
         """dark and b from the squares of the high-passed residual, alternately, each pixel weighed by its variance."""
@@ -169,7 +162,7 @@ class NoiseLaw(nn.Module):
             return (values.double() * faint).mean((2, 3)) / share
 
         own, above = mean(noise).flatten(), mean(signal).flatten()  # of each image's darker half
-        a, b = _affine(*_binned(signal, noise, _edges(signal)))
+        a, b = _affine(*_binned(signal, noise))
         powers = torch.stack([x.flatten().double() ** k for k in range(3)], 1)
         if not of_each or len(own) < 8:
             self.dark.copy_(torch.stack([a, 0 * a, 0 * a]))
@@ -301,13 +294,14 @@ def _edges(signal: Tensor) -> Tensor:
     return torch.cat([shares, torch.linspace(0, 1, 25, device=signal.device)[1:] * signal.max()]).unique()
 
 
-def _binned(signal: Tensor, noise: Tensor, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of signal and noise in each bin that is full enough, and its number of pixels."""
+def _binned(signal: Tensor, *others: Tensor) -> list[Tensor]:
+    """Means of signal and others in each bin of signal that is full enough, and last its number of pixels."""
+    edges = _edges(signal)
     bins = torch.bucketize(signal, edges[1:-1]).flatten()
     count = torch.bincount(bins, minlength=max(1, len(edges) - 1)).double()
     keep = count >= min(200, float(count.max()))  # of a few small images the fullest bin must do
-    s, v = (torch.bincount(bins, x.flatten().double(), len(count)) / count.clamp_min(1) for x in (signal, noise))
-    return s[keep], v[keep], count[keep]
+    means = [torch.bincount(bins, x.flatten().double(), len(count)) / count.clamp_min(1) for x in (signal, *others)]
+    return [column[keep] for column in (*means, count)]
 
 
 def _thin(values: Tensor, limit: int = 1_000_000) -> Tensor:

@@ -20,10 +20,9 @@ from shared.run import Run, is_main_process
 from shared.schema import Stage1
 from shared.training import fit
 from stage1_vqvae.module import VQVAEModule
+from stage1_vqvae.noise import LIT
 from stage1_vqvae.vqvae import VQVAE
 
-# Of full scale, as the network sees it, above the background: where a lens is bright enough for its noise to matter to a fit.
-LIT = 0.1
 ENOUGH = 20_000_000  # pixels: more of them make no better law, and all are held in memory at once
 
 
@@ -64,9 +63,9 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
     with autocast(device, precision):
         autoencoder.fit_latents(batch.to(device) for batch in images.batches(train))
         real = images.batch(held_out).to(device)
-        decoded = [autoencoder.from_raw(autoencoder.to_raw(autoencoder.transform(b))) for b in real.split(64)]
+        decoded = [autoencoder.decode_clean(autoencoder.encode(b)) for b in real.split(64)]
     transform = autoencoder.transform
-    clean = torch.cat([transform.inverse(scaled.float()) for scaled, _ in decoded])
+    clean = torch.cat([images for images, _ in decoded])
     said = torch.cat([s for _, s in decoded if s is not None]) if autoencoder.predict_variance else None
     residual = real - clean
     # As during training: of what the network sees, which under asinh says more than its brightest pixels do.

@@ -28,6 +28,7 @@ from shared.data.normalise import PixelTransform, hint
 from shared.errors import UserError
 from shared.evaluation import (
     BATCH,
+    NOISE_SEEDS,
     Measured,
     add_options,
     check_reference,
@@ -46,7 +47,6 @@ from shared.report import Report, grid, loss_curves
 from stage2_diffusion.generator import Generator
 from stage2_diffusion.sample import SETTINGS, add_settings, chosen_settings, draw, seed_range
 
-NOISE_SEEDS = 1 << 31  # of the reconstructions' pixel noise, away from those of samples
 SHOWN = 24
 
 

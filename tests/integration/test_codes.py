@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,11 @@ import stage2_diffusion.pipeline
 from shared.autoencoder import Autoencoder
 from shared.checkpoint import autoencoder_config, load, load_autoencoder, publish
 from shared.config import load_config
-from shared.data.cache import CacheWriter, LensImages
+from shared.data.cache import LensImages
 from shared.registry import build
 from shared.schema import Stage1, Stage2
 from stage2_diffusion.module import DiffusionModule
+from tests.blobs import blobs
 
 pytestmark = pytest.mark.slow
 
@@ -37,17 +37,7 @@ TRAINER = {"precision": "fp32", "accelerator": "cpu", "log_every": 3, "checkpoin
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "blobs"
-    rng = np.random.default_rng(0)
-    axis = np.arange(30) - 14.5
-    centre = rng.uniform(-6, 6, (160, 2, 1, 1))
-    images = np.exp(-((axis[:, None] - centre[:, 0]) ** 2 + (axis - centre[:, 1]) ** 2) / 20)[:, None]
-    images = (images + 0.01 * rng.standard_normal(images.shape)).clip(0, 1).astype(np.float32)
-    writer = CacheWriter(folder, 160, (1, 30, 30), {"kind": "test"})
-    for chunk in writer.pending():
-        writer.write(chunk, images[chunk.start : chunk.stop])
-    writer.finish()
-    return folder
+    return blobs(tmp_path_factory.mktemp("data") / "blobs")
 
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------------

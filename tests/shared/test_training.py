@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -18,13 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.config import load_config
-from shared.data.cache import CacheWriter, LensImages
+from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.run import Run
 from shared.schema import Stage1
 from shared.training import EMA, StageModule, fit, learning_rate_scale, step_key
 from stage1_vqvae.module import VQVAEModule
 from stage1_vqvae.pipeline import train
+from tests.blobs import blobs
 
 TINY = {
     "autoencoder": {
@@ -40,17 +40,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "blobs"
-    rng = np.random.default_rng(0)
-    axis = np.arange(30) - 14.5
-    centre = rng.uniform(-6, 6, (160, 2, 1, 1))
-    images = np.exp(-((axis[:, None] - centre[:, 0]) ** 2 + (axis - centre[:, 1]) ** 2) / 20)[:, None]
-    images = (images + 0.01 * rng.standard_normal(images.shape)).clip(0, 1).astype(np.float32)
-    writer = CacheWriter(folder, 160, (1, 30, 30), {"kind": "test"})
-    for chunk in writer.pending():
-        writer.write(chunk, images[chunk.start : chunk.stop])
-    writer.finish()
-    return folder
+    return blobs(tmp_path_factory.mktemp("data") / "blobs")
 
 
 def config(data: Path, output: Path, name: str = "run", **overrides: object) -> Stage1:
