@@ -115,7 +115,8 @@ class Results:
             values = [
                 _excess(s, "rfd"), _number(s.get("psnr"), ".2f"), _number(s.get("lit_error_over_noise"), ".4f"),
                 _number(s.get("lens_share"), ".0%"),
-                _excess(s, "fd"), _number(s.get("gflop"), ".2f"), _number(s.get("codes_used"), ".1%"),
+                _excess(s, "fd"), _number(s.get("gflop"), ".2f"),
+                _number(s.get("codes_used"), ".1%") if s.get("levels_used") is None else f"{s['levels_used']:.0%} of levels",
                 _number(record.get("stage1", {}).get("trainer", {}).get("max_steps"), "d"), _number(s.get("tflop"), ".1f"),
                 _number(sum(record.get("seconds", {}).values()) or None, ".0f"), _number(s.get("n"), "d"),
             ]  # fmt: skip
@@ -291,7 +292,8 @@ def read_scores(model: Path, of_samples: bool) -> dict[str, Any]:
         "psnr_observed": metrics["observed"]["psnr"],
         "clean_error_over_noise": metrics["observed"]["clean_error_over_noise"],
         "gflop": cost["encode_gflop"] + cost["decode_gflop"],
-        "codes_used": codes.get("codes_used"),
+        "codes_used": None if "levels_used" in codes else codes.get("codes_used"),
+        "levels_used": sum(codes["levels_used"]) / len(codes["levels_used"]) if "levels_used" in codes else None,
         "perplexity": codes.get("perplexity"),
         **({"lens_share": metrics["lens_fits"]["reconstructions"]["share"]} if "lens_fits" in metrics else {}),
     }

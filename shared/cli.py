@@ -62,11 +62,18 @@ def guard(script: Callable[[], object]) -> None:
         raise SystemExit(130) from None
 
 
-def positive(text: str) -> int:
-    """argparse's type of a count."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+def at_least(low: int) -> Callable[[str], int]:
+    """argparse's type of a whole number from `low` on."""
+
+    def number(text: str) -> int:
+        if not (text.isdecimal() and low <= int(text) < 2**63):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} on")
+        return int(text)
+
+    return number
+
+
+positive = at_least(1)
 
 
 def _fail(message: str) -> None:

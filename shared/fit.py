@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from shared.cli import at_least, positive
 from shared.data.cache import INDEX, LensImages
 from shared.data.sources import BrokenImage, Source
 from shared.errors import UserError
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", default="deeplense", help="name in configs/simulate or .yaml file: what may be")
     parser.add_argument("--class", dest="kind", metavar="NAME", help="of the preset (default: its first)")
     parser.add_argument("--key", metavar="NAME", help="which array of a file with several, as of `lens-ldm prepare`")
-    parser.add_argument("--count", type=int, default=300, help="the first of the images (default: %(default)s)")
+    parser.add_argument("--count", type=positive, default=300, help="the first of the images (default: %(default)s)")
     parser.add_argument("--split", choices=("train", "validation", "test"), help="of a data set (default: all of it)")
     parser.add_argument(
         "--free", default="", metavar="n_s,R_s", help="parameters to free beside those the preset draws"
@@ -45,11 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--noise", type=_law, metavar="A,B", help="variance A + B signal, not the preset's photon noise"
     )
-    parser.add_argument("--margin", type=int, default=0, help="pixels at the border that are left out (default: 0)")
+    parser.add_argument(
+        "--margin", type=at_least(0), default=0, help="pixels at the border that are left out (default: 0)"
+    )
     parser.add_argument("--out", type=Path, help="OUT.csv and OUT.png (default: fits-NAME here)")
     a = parser.parse_args(argv)
-    if a.count < 1:
-        raise UserError("--count needs at least 1")
     preset = Preset.load(a.preset)
     kind = a.kind or next(iter(preset.classes), None)
     images, truth = load_images(a.source, a.split, a.count, a.key, kind)

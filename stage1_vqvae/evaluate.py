@@ -21,8 +21,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml
-from PIL import Image
 from scipy import stats
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
@@ -31,7 +29,7 @@ from tqdm import tqdm
 from shared.checkpoint import build_autoencoder, load, versions
 from shared.cli import guard, positive
 from shared.data.cache import LensImages
-from shared.data.normalise import PixelTransform, hint, sky
+from shared.data.normalise import hint, sky
 from shared.errors import UserError
 from shared.evaluation import (
     BATCH,
@@ -43,27 +41,25 @@ from shared.evaluation import (
     compare,
     finite,
     halves,
-    physics_rows,
     score_rows,
-    spectra,
 )
 from shared.files import make_folder, write_atomically
 from shared.flops import flops
 from shared.metrics import fid
 from shared.metrics.lens_fit import LensFitter
 from shared.precision import autocast, check_device, choose_device
-from shared.report import Report, colour, grid, loss_curves, panels, rasterise, save_picture, sheet
+from shared.report import save_picture
 from shared.simulate.images import observe, render
 from shared.simulate.preset import Preset, draw_parameters
 from stage1_vqvae.noise import LIT, NoiseLaw
-from stage1_vqvae.quantizers import CodeUsage
+from stage1_vqvae.quantizers import CodeUsage, Quantizer
+from stage1_vqvae.report import SHOWN, draw, quality_rows, report
 from stage1_vqvae.vqvae import VQVAE
 
 LAGS = 5
 FITTED_TO = 512  # validation images, where a model has no noise law and one must be fitted here
-SHOWN, WORST = 8, 16
+WORST = 16
 TIMED = 1.0  # seconds
-SIGMAS = 5.0  # the range of residuals in pictures
 TRUTH, AGAIN = "truth + fitted noise", "truth + new noise"
 
 
@@ -393,7 +389,7 @@ def evaluate(
         }
         metrics["noise"] |= {"true": noise.curve(), "true_correlation": noise.correlation()}
     if model.quantizer.codes:
-        metrics["codes"], counts = code_use(torch.cat(indices_met), model.quantizer.codes)
+        metrics["codes"], counts = code_use(torch.cat(indices_met), model.quantizer)
     if lens_fits:
         metrics["lens_fits"] = lens_fits.score()
     found = {
@@ -432,16 +428,20 @@ def spread(law: NoiseLaw, clean: Tensor, said: Tensor | None) -> Tensor:
     return law.variance(clean) * (1.0 if said is None else said.exp())
 
 
-def code_use(indices: Tensor, codes: int) -> tuple[dict[str, float], list[np.ndarray]]:
-    """indices (N, h, w), or (N, h, w, heads) of several codebooks -> {codes, heads, codes_used, perplexity, dead}, means over
-    the heads and the sum of the dead codes; and of each head how often its codes are used, most first."""
-    heads = (indices if indices.ndim == 4 else indices[..., None]).unbind(-1)
-    usage = CodeUsage(codes, len(heads))
+def code_use(indices: Tensor, quantizer: Quantizer) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """indices as the quantiser gives them -> {codes, heads, codes_used, perplexity}, means over the heads, with the sum of
+    the `dead` codes, or of a grid with `levels_used`, of each dimension; and how often codes or levels are met.
+
+    The counts are of each head, most first, or of each dimension, by level: images meet but few codes of a large grid.
+    """
+    usage = CodeUsage(quantizer.codes, quantizer.heads, quantizer.levels)
     usage.update(indices)
-    found = usage.compute()
-    counts = [np.sort(head.unique(return_counts=True)[1].numpy())[::-1] for head in heads]
-    metrics = {key: found[key] for key in ("codes_used", "perplexity")}
-    return {"codes": codes, "heads": len(heads), **metrics, "dead": int(found["dead_codes"])}, counts
+    found, counts = usage.compute(), [count.numpy() for count in usage.counts()]
+    metrics = {"codes": quantizer.codes, "heads": quantizer.heads}
+    metrics |= {key: found[key] for key in ("codes_used", "perplexity")}
+    if quantizer.levels:
+        return metrics | {"levels_used": usage.levels_used()}, counts
+    return metrics | {"dead": int(found["dead_codes"])}, [np.sort(count)[::-1] for count in counts]
 
 
 @torch.no_grad()
@@ -489,9 +489,6 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return float(np.median(taken))
 
 
-# --- pictures and the report ------------------------------------------------------------------------------------------
-
-
 def pictured(
     model: VQVAE, reference: LensImages, indices: np.ndarray, law: NoiseLaw, precision: str
 ) -> tuple[Tensor, ...]:
@@ -499,149 +496,6 @@ def pictured(
     real = reference.batch(indices)
     clean, observed, _, said = reconstruct(model, real, 0, precision)
     return real, clean, observed, spread(law, clean, said)
-
-
-def draw(metrics: dict[str, Any], found: dict[str, Any]) -> dict[str, Image.Image]:
-    """The pictures by name, in the order of the report."""
-    transform = PixelTransform.from_config(metrics)
-    real, clean, observed, _ = found["shown"]
-    rows = transform.unit(torch.cat([real, observed, clean]))
-    title = "test images, none picked; their reconstructions, observed; the same, clean"
-    pictures = {"reconstructions": grid(rows, SHOWN, title=title)}
-    real, clean, _, variance = found["worst"]
-    sigma = variance.clamp_min(1e-60).sqrt()
-    parts = []
-    for start in range(0, len(real), SHOWN):
-        part = slice(start, start + SHOWN)
-        parts += [colour(transform.unit(images[part])) for images in (real, clean)]
-        # Purple and orange: told apart by whoever cannot tell red from green.
-        parts.append(colour(((real - clean) / sigma)[part], (-SIGMAS, SIGMAS), "PuOr_r"))
-    chi2 = ", ".join(f"{value:.2f}" for value in metrics["worst"]["chi2_lit"][:SHOWN])
-    title = f"image, clean reconstruction, residual +-{SIGMAS:g} sigma; chi2 per lit pixel {chi2}, ..."
-    pictures["worst"] = sheet(np.concatenate(parts), min(SHOWN, len(real)), title)
-    pictures["noise"] = noise_figure(metrics["noise"])
-    pictures["spectra"] = spectra(found["sets"])
-    if metrics["codes"]:
-        pictures["codes"] = codes_figure(found["codes"], metrics["codes"])
-    return pictures
-
-
-def noise_figure(noise: dict[str, Any]) -> Image.Image:
-    """Variance against signal, its ratio to the law, and correlations of the residuals."""
-    figure, (variance, ratio, correlation) = panels(3, width=4.4)
-    sets = {"residuals": ("residuals", "correlation", "C0"), "true noise": ("true", "true_correlation", "k")}
-    for name, (curve, pairs, style) in sets.items():
-        if curve not in noise:
-            continue
-        c = {key: np.asarray(values, float) for key, values in noise[curve].items()}
-        few = c["pixels"] > 30
-        variance.plot(c["signal"][few], c["variance"][few], "o-", ms=3, lw=1, color=style, label=name)
-        ratio.plot(c["signal"][few], (c["variance"] / c["law"])[few], "o-", ms=3, lw=1, color=style, label=name)
-        if name == "residuals":
-            variance.plot(c["signal"][few], c["law"][few], "--", color="C1", label="the law")
-        for where, marker in (("all", "o"), ("lit", "s")):
-            for axis, line in (("x", "-"), ("y", ":")):
-                values = noise[pairs][where][axis]
-                lags = range(1, len(values) + 1)
-                label = f"{name}, {where} pixels, {axis}"
-                correlation.plot(lags, np.asarray(values, float), marker + line, ms=3, lw=1, color=style, label=label)
-    variance.set(title="variance of a pixel", xlabel="signal above the background", xscale="log", yscale="log")
-    ratio.set(title="over the law", xlabel="signal above the background", xscale="log")
-    ratio.axhline(1, color="C1", ls="--", lw=1)
-    correlation.set(title="correlation with neighbours", xlabel="pixels apart", xticks=range(1, LAGS + 1))
-    correlation.axhline(0, color="k", lw=0.6)
-    for axes in (variance, ratio, correlation):
-        axes.legend(fontsize=6, framealpha=0.4)
-    return rasterise(figure)
-
-
-def codes_figure(counts: list[np.ndarray], codes: dict[str, float]) -> Image.Image:
-    figure, (axes,) = panels(1, width=6)
-    for k, head in enumerate(counts):
-        label = f"head {k + 1}" if len(counts) > 1 else None
-        axes.plot(np.arange(1, len(head) + 1), head, ".-", ms=3, lw=1, label=label)
-    axes.axvline(codes["codes"], color="k", ls=":", lw=1, label=f"all {codes['codes']:.0f} codes")
-    axes.set(xscale="log", yscale="log", xlabel="code, by use", ylabel="times used")
-    axes.set_title(f"{codes['codes_used']:.1%} used, perplexity {codes['perplexity']:.0f}", fontsize=10)
-    axes.legend(fontsize=8)
-    return rasterise(figure)
-
-
-def quality_rows(metrics: dict[str, Any]) -> list[list[str]]:
-    """The table of single numbers, header first; what is not known is left out."""
-    rows = [["what", "value"]]
-
-    def row(what: str, value: float | None, form: str) -> None:
-        if value is not None:
-            rows.append([what, format(value, form)])
-
-    for against, what in (("truth", "the clean truth"), ("observed", "the observed images")):
-        if scores := metrics[against]:
-            row(f"PSNR to {what} [dB]", scores["psnr"], ".2f")
-            row(f"SSIM to {what}", scores["ssim"], ".4f")
-    if truth := metrics["truth"]:
-        row(f"clean error / noise, lit ({truth['lit_share']:.1%})", truth["lit_error_over_noise"], ".4f")
-        row("clean error / noise, dark", truth["dark_error_over_noise"], ".4f")
-    row("clean error / noise, without truth", metrics["observed"]["clean_error_over_noise"], ".4f")
-    if codes := metrics["codes"]:
-        row("codes used", codes["codes_used"], ".1%")
-        row("perplexity", codes["perplexity"], ".1f")
-        row("codes never used", codes["dead"], "d")
-    for name in ("real", "reconstructions"):
-        if fits := metrics.get("lens_fits"):
-            row(f"lenses at the noise level, {name} (n = {fits['n']})", fits[name]["share"], ".1%")
-    for name, form in (("encode_gflop", ".3f"), ("decode_gflop", ".3f"), ("encoded_per_second", ".0f"),
-                       ("decoded_per_second", ".0f")):  # fmt: skip
-        row(name.replace("_", " ").replace("gflop", "GFLOP"), metrics["cost"][name], form)
-    return rows
-
-
-def report(metrics: dict[str, Any], pictures: dict[str, Image.Image], config: dict[str, Any], model: Path) -> Report:
-    """The one-file report."""
-    transform, codes = PixelTransform.from_config(metrics), metrics["codes"]
-    page = Report(
-        f"lens-ldm, stage 1: {config['training']['name']}",
-        f"{metrics['n']} test images of {metrics['reference']} through the autoencoder and back, beside {metrics['n']} others; "
-        f"latents {' x '.join(map(str, metrics['latent_shape']))}. All pictures are on one scale, {transform.low:g} to "
-        f"{transform.high:g}, {transform.stretched}.",
-    )
-    page.section("Reconstructions").picture(pictures["reconstructions"], "images and reconstructions")
-    header, *rows = score_rows(metrics)
-    page.section(
-        "Distances",
-        "Fréchet distance of observed reconstructions, with pixel noise, of one half of the test images to the other half. "
-        "The floor is that of real images to real images. Truth is the clean light of the same lenses, with the noise that "
-        "this model draws and with noise of the simulator: what no autoencoder can beat.",
-    ).table(header, rows)
-    header, *rows = quality_rows(metrics)
-    page.section(
-        "Quality",
-        "Lit pixels are a tenth of full scale above the background. The error of the clean light is over the variance of "
-        "the noise: 0.1 hides in a single image, and a fit of ten parameters sees it.",
-    ).table(header, rows)
-    page.section(
-        "The worst", f"By chi² per lit pixel: {', '.join(f'{x:.2f}' for x in metrics['worst']['chi2_lit'])}."
-    ).picture(pictures["worst"], "the worst reconstructions")
-    page.section(
-        "Noise",
-        "Residuals are images less their clean reconstructions. If they are noise and nothing else they follow the law, and "
-        "neighbours are not correlated.",
-    ).picture(pictures["noise"], "variance against signal, correlation of residuals")
-    page.section("Spectra").picture(pictures["spectra"], "power spectra and pixel values")
-    if codes:
-        page.section("Codes").picture(pictures["codes"], "how often each code is used")
-    header, *rows = physics_rows(metrics["physics"])
-    page.section(
-        "Physics",
-        "Wasserstein-1 distance of each quantity to real images, and how many times that between real images it is: 1 is "
-        "perfect. Lengths in pixels, brightness in the data's range.",
-    ).table(header, rows)
-    if curves := loss_curves({"stage 1": model / "metrics.csv"}):
-        page.section("Training").picture(curves, "loss curves")
-    shown = {key: value for key, value in metrics.items() if key not in ("physics", "spectrum", "noise")}
-    page.section("How it was made").listing(json.dumps(shown, indent=1))
-    page.section("Configuration of stage 1").listing(yaml.safe_dump(config["training"], sort_keys=False))
-    return page
 
 
 if __name__ == "__main__":

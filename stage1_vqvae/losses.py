@@ -146,26 +146,26 @@ class ReconstructionLoss(nn.Module):
         target: Tensor,
         step: int = 0,
         log_ratio: Tensor | None = None,
-        real: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """output, target (N, C, H, W) in [0, 1], training step -> loss (), {term: its unweighted value}.
 
         log_ratio   log of the noise's variance over the law's, (N, C, H, W), where a decoder predicts it
-        real        images as they are, where the targets' noise is not theirs: what observed output is compared with
 
         The loss has the discriminator's own hinge loss in it, which gives the output no gradient.
         """
         # In float32: bf16 has two digits, and SSIM takes variances from differences of squares.
         with torch.autocast(output.device.type, enabled=False):
-            values = self._values(output.float(), target.float(), (target if real is None else real).float(), step)
+            values = self._values(output.float(), target.float(), step)
             if log_ratio is not None and self.weights["likelihood"] > 0:
                 light = self.transform.light(output.float())
                 residual = light - self.transform.light(target.float())
                 variance = self.noisier * self.law.variance(light.detach())
-                values["likelihood"] = likelihood(residual, variance, log_ratio)
+                # What recorruption has added is of the law: only the images' own noise is the decoder's to correct.
+                of_target = torch.log1p(torch.expm1(log_ratio) / self.noisier)
+                values["likelihood"] = likelihood(residual, variance, of_target)
         return torch.stack([self.weights[name] * value for name, value in values.items()]).sum(), values
 
-    def _values(self, output: Tensor, target: Tensor, real: Tensor, step: int) -> dict[str, Tensor]:
+    def _values(self, output: Tensor, target: Tensor, step: int) -> dict[str, Tensor]:
         stretched, light = (stretched_l1 if self.transform.scale is None else F.l1_loss), self.transform.light
         terms = {
             "l1": lambda: F.l1_loss(output, target),
@@ -179,7 +179,7 @@ class ReconstructionLoss(nn.Module):
         if self.perceptual is None and self.adversary is None:
             return values
         compares = self.perceptual is not None or self.weights["feature_matching"] > 0
-        draws, real = [self.observe(output) for _ in range(2 if compares else 1)], real.clamp(0, 1)
+        draws, real = [self.observe(output) for _ in range(2 if compares else 1)], target.clamp(0, 1)
         if self.perceptual is not None:
             values["perceptual"] = self.perceptual(draws, real)
         if self.adversary is not None:
@@ -187,12 +187,13 @@ class ReconstructionLoss(nn.Module):
         return values
 
     def observe(self, clean: Tensor) -> Tensor:
-        """clean (N, C, H, W) in [0, 1] -> the same with noise drawn by the law, within [0, 1] as the data are.
+        """clean (N, C, H, W) in [0, 1] -> the same with as much noise as targets have, within [0, 1] as the data are.
 
         The noise is that of the clean image, without gradient, as in `chi`: brightness must not pay by the noise it makes.
         """
         light = self.transform.light(clean)
-        return self.transform.from_light(light + (self.law(light.detach()) - light.detach())).clamp(0, 1)
+        noise = (self.noisier * self.law.variance(light.detach())).sqrt() * torch.randn_like(light)
+        return self.transform.from_light(light + noise).clamp(0, 1)
 
     def in_noise(self, unit: Tensor) -> Tensor:
         """Pixels in [0, 1] -> asinh of their light above the background in units of its noise.

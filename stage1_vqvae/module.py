@@ -62,13 +62,14 @@ class VQVAEModule(StageModule):
 
     def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         alpha, transform = self.config.noise.recorrupt, self.network.transform
-        given, wanted = recorrupt(batch, self.criterion.law, alpha) if alpha > 0 else (batch, batch)
-        out = self.network(transform(given), quantize=self.quantizing, regularize=self.regularize)
-        target = real = out.target
-        if alpha > 0:
-            target, real = (self.network.alike(transform(x), out.transformation) for x in (wanted, batch))
+        given = wanted = transform(batch)
+        if alpha > 0:  # where the law of the criterion holds
+            light = transform.light(self.unit(given))
+            given, wanted = (2 * transform.from_light(x) - 1 for x in recorrupt(light, self.criterion.law, alpha))
+        out = self.network(given, quantize=self.quantizing, regularize=self.regularize)
+        target = out.target if alpha == 0 else self.network.alike(wanted, out.transformation)
         total, terms = self.criterion(
-            self.unit(out.clean.float()), self.unit(target), self.trainer.global_step, out.log_ratio, self.unit(real)
+            self.unit(out.clean.float()), self.unit(target), self.trainer.global_step, out.log_ratio
         )
         return total + out.commitment, {**terms, "commitment": out.commitment}
 

@@ -29,6 +29,7 @@ FEW = 1000  # pixels do not tell a shape
 LEVEL_SHARE = 0.1  # of an image is taken to be background
 # Of full scale, as the network sees it, above the background: where a lens is bright enough for its noise to matter to a fit.
 LIT = 0.1
+ENOUGH = 20_000_000  # pixels: more of them make no better law, and all are held in memory at once
 WHOLE = 0.02  # of a count: how far a whole one may be off
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -239,6 +240,7 @@ def estimate_law(images: Tensor) -> NoiseLaw:
 
     Good to some per cent where the light is smooth over five pixels; the training loss weighs its pixels by it.
     """
+    images = images[: max(8, ENOUGH // images[0].numel())]
     law = NoiseLaw().to(images.device)
     law.fit(images, smooth(images))
     return law

@@ -19,11 +19,9 @@ from shared.registry import build
 from shared.run import Run, is_main_process
 from shared.schema import Stage1
 from shared.training import fit
-from stage1_vqvae.module import VQVAEModule
-from stage1_vqvae.noise import LIT
+from stage1_vqvae.module import VALIDATION, VQVAEModule
+from stage1_vqvae.noise import ENOUGH, LIT, estimate_law
 from stage1_vqvae.vqvae import VQVAE
-
-ENOUGH = 20_000_000  # pixels: more of them make no better law, and all are held in memory at once
 
 
 def train(config: Stage1, resume: str = "auto") -> Path:
@@ -78,8 +76,10 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
     curve: dict[str, list[float]] = {}
     if config.noise.law != "none":
         law = autoencoder.noise
-        if said is not None:  # what the decoder says is relative to the law it was trained beside
-            law.load_state_dict(module.criterion.law.state_dict())
+        if (
+            said is not None
+        ):  # what the decoder says is relative to the law it was trained beside, here in the data's units
+            law.load_state_dict(estimate_law(images.batch(train[:VALIDATION])).state_dict())
         curve = law.fit(real, clean, config.noise.law, said)
         lit = drawn - transform.stretch(law.background) > LIT * transform.span
         if bool(lit.any()):

@@ -362,14 +362,25 @@ class CodeUsage:
         if self.heads > 1:
             metrics |= {"codes_used_worst": min(used), "perplexity_worst": min(perplexity)}
         if self.levels:
-            met, count = torch.cat(self.indices).unique(return_counts=True)
-            share, stride = [], 1
-            for levels in self.levels:
-                cells = torch.bincount(met // stride % levels, count.double(), levels)
-                share.append(float((cells >= cells.sum() / 1000).double().mean()))
-                stride *= levels
+            share = self.levels_used()
             metrics |= {"levels_used": sum(share) / len(share), "levels_used_worst": min(share)}
         return metrics
+
+    def counts(self) -> list[Tensor]:
+        """How often each code of a head that was met is met; of a grid, how often each level of a dimension, (levels,)."""
+        indices = torch.cat(self.indices)
+        if not self.levels:
+            return [_counts(head) for head in indices.unbind(1)]
+        met, count = indices.unique(return_counts=True)
+        counts, stride = [], 1
+        for levels in self.levels:
+            counts.append(torch.bincount(met // stride % levels, count.double(), levels))
+            stride *= levels
+        return counts
+
+    def levels_used(self) -> list[float]:
+        """Of each dimension of a grid, the share of its levels that at least one cell in a thousand meets."""
+        return [float((count >= count.sum() / 1000).double().mean()) for count in self.counts()]
 
     def collapse(self) -> str | None:
         """What has collapsed, in words; None if nothing has.

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from shared.cli import at_least, positive
 from shared.data.cache import LensImages
 from shared.data.sources import NO_CLASS
 from shared.errors import UserError
@@ -40,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to put the pictures (default: the data set)")
     parser.add_argument("--symmetries", action="store_true", help="test them on the training images")
     parser.add_argument("--against", type=Path, metavar="data/OTHER", help="tell the two apart, cross-validated")
-    parser.add_argument("--count", type=_several, default=2000, help="images for either (default %(default)s)")
-    parser.add_argument("--seed", type=_whole, default=0, help="of either (default %(default)s)")
+    parser.add_argument("--count", type=positive, default=2000, help="images for either (default %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of either (default %(default)s)")
     options = parser.parse_args(argv)
     dataset, out = LensImages(options.data), options.out or options.data
     other = LensImages(options.against) if options.against else None
@@ -77,18 +78,6 @@ def _told_apart(a: LensImages, b: LensImages, count: int, seed: int) -> str:
         f"  right in {found.accuracy:.1%} (95 %: {least:.1%} to {most:.1%}; 50 % is chance), "
         f"AUC {found.auc:.3f} (95 %: {low:.3f} to {high:.3f}; 0.5 is chance)"
     )
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
-
-
-def _several(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of images")
-    return int(text)
 
 
 def table(dataset: LensImages) -> str:

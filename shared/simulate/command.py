@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from shared.cli import at_least, positive
 from shared.config import parse_overrides
 from shared.errors import UserError
 from shared.explain import hint
@@ -45,10 +46,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="any other key of the preset, e.g. noise=none"
     )
-    parser.add_argument("--count", type=_at_least(1), help="number of images")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="image i depends on (seed, i) only")
+    parser.add_argument("--count", type=positive, help="number of images")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="image i depends on (seed, i) only")
     parser.add_argument("--out", type=Path, help="folder of the data set, e.g. data/deeplense")
-    parser.add_argument("--workers", type=_at_least(1), help="processes of one thread each (default: all cores)")
+    parser.add_argument("--workers", type=positive, help="processes of one thread each (default: all cores)")
     parser.add_argument(
         "--device", help="render in batches on a device of torch, e.g. cuda (default: the CPU, by workers)"
     )
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parts.add_argument(
         "--shard", type=_part, metavar="K/N", help="only the K-th of N parts, 1/N to N/N, into OUT.shard-K-of-N"
     )
-    parts.add_argument("--merge", type=_at_least(1), metavar="N", help="put the N parts of --shard together, checked")
+    parts.add_argument("--merge", type=positive, metavar="N", help="put the N parts of --shard together, checked")
     options = parser.parse_args(argv)
     if options.list:
         print(_list())
@@ -107,15 +108,6 @@ def _overrides(priors: list[str], numbers: list[str]) -> dict[str, Any]:
         if "=" not in text:
             raise UserError(f"--set {text}: expected KEY=VALUE, e.g. --set noise=none")
     return parse_overrides([f"--{text}" for text in (*priors, *numbers)])
-
-
-def _at_least(low: int) -> Any:
-    def number(text: str) -> int:
-        if not (text.isdecimal() and low <= int(text) < 2**63):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} on")
-        return int(text)
-
-    return number
 
 
 def _part(text: str) -> tuple[int, int]:

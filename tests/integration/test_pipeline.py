@@ -17,6 +17,7 @@ from shared.cli import main
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from stage2_diffusion.generator import Generator
+from tests.processes import run_two
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,11 +236,9 @@ def test_a_typo_is_told_before_torch_is_imported(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_two_processes_train_as_torchrun_starts_them(at_home: Path, stage: str, options: list[str]) -> None:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        str(ROOT / stage / "train.py"), *options, "--name", f"ddp-{stage}", "--data.path", "data/smoke",
-        "--data.batch_size", "8", "--trainer.max_steps", "4", "--trainer.accelerator", "cpu",
+        {"stage1_vqvae": "train-vqvae", "stage2_diffusion": "train-diffusion"}[stage], *options, "--name", f"ddp-{stage}",
+        "--data.path", "data/smoke", "--data.batch_size", "8", "--trainer.max_steps", "4", "--trainer.accelerator", "cpu",
         "--logger.wandb", "disabled",
     ]  # fmt: skip
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr[-3000:]
+    run_two(main, command)
     assert (at_home / f"checkpoints/ddp-{stage}/model/model.safetensors").exists()

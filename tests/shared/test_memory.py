@@ -2,8 +2,6 @@
 
 import csv
 import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from shared.schema import Stage1, Stage2
 from shared.training import StageModule, fit, recompute_blocks
 from stage1_vqvae.vqvae import VQVAE
 from stage2_diffusion.generator import build_denoiser
+from tests.processes import run_two
 
 
 class Peak(TorchDispatchMode):
@@ -235,29 +234,15 @@ def test_parts_of_different_size_are_refused(stage: type[Stage1] | type[Stage2])
         load_config(stage, [], given)
 
 
-SCRIPT = """
-import os, sys, torch
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from test_memory import recorded
-for parts in (1, 2):
-    module = recorded(Path(sys.argv[1]), Path(sys.argv[2]), parts)
-    torch.save(module.gradients, f"{sys.argv[2]}/{parts}-{os.environ['RANK']}.pt")
-"""
+def in_parts(data: Path, folder: Path) -> None:
+    for parts in (1, 2):
+        torch.save(recorded(data, folder, parts).gradients, folder / f"{parts}-{os.environ['RANK']}.pt")
 
 
 @pytest.mark.slow
 def test_processes_add_up_their_parts(data: Path, tmp_path: Path) -> None:
     """DDP averages over the processes once a step, after the last part, all that the parts have added up to."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(data), str(tmp_path), str(Path(__file__).parent)],
-        env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
+    run_two(in_parts, data, tmp_path)
     gradients = {(k, r): torch.load(tmp_path / f"{k}-{r}.pt", weights_only=True) for k in (1, 2) for r in (0, 1)}
     alone = recorded(data, tmp_path / "alone", 1).gradients[0]
     for several in gradients.values():

@@ -2,10 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.run import Run
 from shared.schema import Stage1
-from shared.training import EMA, StageModule, fit, learning_rate_scale, step_key
+from shared.training import EMA, Monitor, StageModule, fit, learning_rate_scale, step_key
 from stage1_vqvae.module import VQVAEModule
 from stage1_vqvae.pipeline import train
 from tests.blobs import blobs
+from tests.processes import Ended, run_one
 
 TINY = {
     "autoencoder": {
@@ -59,29 +59,22 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k].nan_to_num(), b[k].nan_to_num()) for k in a)
 
 
-SCRIPT = """
-import sys
-from shared.config import load_config
-from shared.schema import Stage1
-from stage1_vqvae.module import VQVAEModule
-from stage1_vqvae.pipeline import train
-import shared.training, json
-config = load_config(Stage1, [], json.loads(sys.argv[1]))
-kill_at = int(sys.argv[2])
-import os, signal
-before = shared.training.Monitor.on_train_batch_end
-def dying(self, trainer, *rest):
-    before(self, trainer, *rest)
-    if trainer.global_step == kill_at:
-        os.kill(os.getpid(), int(sys.argv[3]))
-shared.training.Monitor.on_train_batch_end = dying
-train(config)
-"""
+def dying(step: int, number: int, keys: dict[str, Any]) -> None:
+    """Train, and meet a signal after a step."""
+    before = Monitor.on_train_batch_end
+
+    def watched(self: Monitor, trainer: Any, *rest: Any) -> None:
+        before(self, trainer, *rest)
+        if trainer.global_step == step:
+            os.kill(os.getpid(), number)
+
+    Monitor.on_train_batch_end = watched  # type: ignore[method-assign]
+    train(load_config(Stage1, [], keys))
 
 
-def killed_at(step: int, with_signal: signal.Signals, config: Stage1) -> subprocess.CompletedProcess:
-    arguments = [sys.executable, "-c", SCRIPT, config.model_dump_json(), str(step), str(int(with_signal))]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+def killed_at(step: int, number: signal.Signals, config: Stage1) -> Ended:
+    folder = Path(config.output)
+    return run_one(folder, dying, step, int(number), config.model_dump(mode="json"))
 
 
 REGULARISED = {
@@ -157,8 +150,8 @@ def test_a_signal_saves_where_it_is_and_says_how_to_go_on(
     stopped = config(data, tmp_path, "stopped")
     process = killed_at(7, number, stopped)
     assert process.returncode == code
-    assert "step 7 of 12" in process.stderr + process.stdout
-    assert "Traceback" not in process.stderr
+    assert "step 7 of 12" in process.output
+    assert "Traceback" not in process.output
     assert torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)["global_step"] == 7
     train(stopped)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
@@ -213,8 +206,7 @@ def test_a_published_model_of_other_data_is_not_taken_for_this_one(data: Path, t
 
 def test_a_truncated_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
     c = config(data, tmp_path)
-    run = Run(c)
-    run.last.write_bytes(b"PK\x03\x04 half a file")
+    Run(c).last.write_bytes(b"PK\x03\x04 half a file")
     with pytest.raises(UserError, match=r"last\.ckpt cannot be read"):
         train(c)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from shared.simulate.preset import Preset
 from shared.simulate.run import simulate_to
 from stage1_vqvae.evaluate import Residuals, Simulation, Sums, code_use, generators
 from stage1_vqvae.noise import NoiseLaw
+from stage1_vqvae.quantizers import VQ, FiniteScalar
+from stage1_vqvae.report import quality_rows
 from stage1_vqvae.vqvae import VQVAE
 
 SPEC = {
@@ -30,6 +33,13 @@ SEED, COUNT, SIDE = 3, 120, 8
 
 def preset(**changes: object) -> Preset:
     return Preset.load("deeplense", {"pixels": 30, "pixel_scale": 0.25, "supersampling": 1, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_call_timed() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stage1_vqvae.evaluate.TIMED", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +117,8 @@ def test_spectrum_codes_and_worst_images_are_those_of_the_reconstructions(home: 
     ring = [sum(float(p[i, j]) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)) for p in power]
     assert scored["spectrum"]["ratio"][0] == pytest.approx(ring[0] / ring[1], rel=1e-3)
     assert scored["codes"]["codes"] == 25
-    assert scored["codes"]["dead"] == 25 - round(25 * scored["codes"]["codes_used"])
+    assert len(scored["codes"]["levels_used"]) == 2
+    assert "dead" not in scored["codes"]
     lit = clean - scored["noise"]["background"] > 0.1
     variance = 4e-4 + 1e-3 * (clean - NoiseLaw().level(clean)).clamp_min(0)
     chi2 = [
@@ -226,11 +237,26 @@ def test_similarity_over_batches_is_that_of_all_images() -> None:
 def test_codes_are_counted_head_by_head() -> None:
     one = torch.tensor([0, 0, 0, 1]).reshape(1, 2, 2)
     other = torch.tensor([0, 1, 2, 3]).reshape(1, 2, 2)
-    metrics, counts = code_use(torch.stack([one, other], -1), 8)
+    metrics, counts = code_use(torch.stack([one, other], -1), VQ(4, codebook_size=8, heads=2))
     entropy = math.log(4) - 0.75 * math.log(3)
     assert metrics == {
         "codes": 8, "heads": 2, "codes_used": pytest.approx((2 + 4) / 16), "dead": 10,
         "perplexity": pytest.approx((math.exp(entropy) + 4) / 2),
     }  # fmt: skip
     assert [head.tolist() for head in counts] == [[3, 1], [1, 1, 1, 1]]
-    assert code_use(one, 8)[0]["perplexity"] == pytest.approx(math.exp(entropy))
+    assert code_use(one, VQ(4, codebook_size=8))[0]["perplexity"] == pytest.approx(math.exp(entropy))
+
+
+def test_of_a_grid_levels_are_counted_channel_by_channel() -> None:
+    grid = FiniteScalar(3, levels=(64, 3, 64))
+    places = torch.tensor([[0, 1, 63], [63, 1, 62], [0, 2, 63], [0, 1, 0]])
+    metrics, counts = code_use(grid.number(places).reshape(1, 2, 2), grid)
+    assert metrics["codes"] == 64 * 3 * 64
+    assert metrics["levels_used"] == pytest.approx([2 / 64, 2 / 3, 3 / 64])
+    assert "dead" not in metrics
+    assert [(count[0], count[-1], count.sum()) for count in counts] == [(3, 1, 4), (0, 1, 4), (1, 2, 4)]
+    rows = dict(quality_rows({"truth": None, "observed": {"psnr": 1, "ssim": 1, "clean_error_over_noise": 1}, "codes": metrics,
+                              "cost": dict.fromkeys(("encode_gflop", "decode_gflop", "encoded_per_second",
+                                                     "decoded_per_second"), 1.0)}))  # fmt: skip
+    assert rows["levels used, by channel"] == "3%, 67%, 5%"
+    assert not any("never" in row for row in rows)

@@ -10,7 +10,7 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from stage1_vqvae.losses import Perceptual, ReconstructionLoss, chi, focal_frequency, ssim_loss, stretched_l1
-from stage1_vqvae.noise import NoiseLaw
+from stage1_vqvae.noise import NoiseLaw, recorrupt
 
 
 def law(a: float = 1e-4, b: float = 0.0) -> NoiseLaw:
@@ -219,7 +219,7 @@ def test_features_of_any_image_have_a_gradient_and_none_for_the_network(
 def test_the_optimum_of_the_features_is_the_clean_image(perceptual: Perceptual) -> None:
     noise = law(4e-4, 4e-3)
     torch.manual_seed(0)
-    clean = blobs(8)
+    clean = blobs(6)
     target, grain, loss = noise(clean).clamp(0, 1), noise(clean) - clean, criterion(noise)
 
     @torch.no_grad()
@@ -233,6 +233,47 @@ def test_the_optimum_of_the_features_is_the_clean_image(perceptual: Perceptual) 
     with torch.no_grad():  # a clean reconstruction beside a noisy image would be told to paint noise
         painted, bare = (float(perceptual([x, x], target)) for x in (clean + 0.4 * grain, clean))
     assert painted < bare
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recorrupted", [True, False])
+def test_passing_noise_on_pays_in_no_feature_where_the_targets_noise_is_another(
+    perceptual: Perceptual, recorrupted: bool
+) -> None:
+    noise = law(4e-4, 4e-3)
+    torch.manual_seed(0)
+    clean = blobs(6)
+    image = noise(clean)
+    given, target = recorrupt(image, noise, 1.0) if recorrupted else (image, image)
+    loss = ReconstructionLoss(
+        l1=0.0, stretched=0.0, mse=0.0, chi=0.0, law=noise, transform=UNIT, noisier=1.0 + recorrupted
+    )
+
+    @torch.no_grad()
+    def value(output: Tensor) -> float:
+        torch.manual_seed(1)
+        return float(perceptual([loss.observe(output), loss.observe(output)], target.clamp(0, 1)))
+
+    passed = 0.3 * (given - clean)
+    assert (value(clean + passed) > value(clean)) == recorrupted
+
+
+def test_a_decoder_says_of_the_noise_of_images_and_not_of_what_recorruption_adds() -> None:
+    torch.manual_seed(0)
+    clean, noise, true = torch.full((4, 1, 100, 100), 0.5), law(1e-4), 3.0
+    image = clean + (true * 1e-4) ** 0.5 * torch.randn_like(clean)
+    _, target = recorrupt(image, noise, 0.5)
+    loss = ReconstructionLoss(
+        l1=0.0, stretched=0.0, mse=0.0, chi=0.0, likelihood=1.0, law=noise, transform=UNIT, noisier=1 + 0.5**-2
+    )
+
+    def slope(ratio: float) -> float:
+        log_ratio = torch.tensor(ratio).log().requires_grad_()
+        loss(clean, target, log_ratio=log_ratio.expand_as(clean))[0].backward()
+        return float(log_ratio.grad)  # type: ignore[arg-type]
+
+    assert abs(slope(true)) < 0.05 * abs(slope(1.0))
+    assert slope(0.9 * true) < 0 < slope(1.1 * true)
 
 
 def test_nothing_is_built_or_drawn_for_terms_of_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,57 @@
+"""The training step of stage 1, in whatever units the data are."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from shared.config import load_config, to_dict
+from shared.data.cache import CacheWriter, LensImages
+from shared.data.normalise import Normalisation
+from shared.data.symmetries import turns
+from shared.registry import build
+from shared.schema import Stage1
+from stage1_vqvae.module import VQVAEModule
+
+SKY, NOISE = 100.0, 5.0  # counts
+
+
+def lights(count: int) -> np.ndarray:
+    """Blobs of 2000 counts on a sky, without noise, (count, 1, 30, 30)."""
+    rng = np.random.default_rng(0)
+    axis = np.arange(30) - 14.5
+    centre = rng.uniform(-5, 5, (count, 2, 1, 1))
+    return (SKY + 2000 * np.exp(-((axis[:, None] - centre[:, 0]) ** 2 + (axis - centre[:, 1]) ** 2) / 60))[:, None]
+
+
+@pytest.mark.parametrize("normalise", ["none", "fixed:-1000,65535", "asinh:5"])
+def test_images_are_recorrupted_with_their_own_noise_whatever_their_units(tmp_path: Path, normalise: str) -> None:
+    clean = lights(200)
+    noisy = (clean + NOISE * np.random.default_rng(1).standard_normal(clean.shape)).astype(np.float32)
+    writer = CacheWriter(
+        tmp_path / "data", 200, (1, 30, 30), {"kind": "test"}, normalise=Normalisation.parse(normalise)
+    )
+    for chunk in writer.pending():
+        writer.write(chunk, noisy[chunk.start : chunk.stop])
+    writer.finish()
+    images = LensImages(tmp_path / "data")
+    config = load_config(Stage1, [], {
+        "name": "run", "data": {"path": str(tmp_path / "data")},
+        "autoencoder": {"widths": [8, 8], "decoder_blocks": 1, "quantizer": {"name": "none"}},
+    })  # fmt: skip
+    transform = images.transform
+    network = build("autoencoder", to_dict(config)["autoencoder"], image_shape=images.image_shape, transform=transform)
+    module = VQVAEModule(config, network, images, turns(images, "none"))
+    module._trainer = SimpleNamespace(global_step=0)  # type: ignore[assignment]
+    seen: list[Tensor] = []
+    network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    module.criterion.register_forward_pre_hook(lambda _, given: seen.append(2 * given[1] - 1))
+    torch.manual_seed(0)
+    module.loss(torch.from_numpy(noisy))
+    given, target = (transform.inverse(x.double()) - torch.from_numpy(clean) for x in seen)
+    assert float(given.var()) == pytest.approx(2 * NOISE**2, rel=0.1)
+    assert float(target.var()) == pytest.approx(2 * NOISE**2, rel=0.1)
+    assert float((given * target).mean()) == pytest.approx(0, abs=0.1 * NOISE**2)
