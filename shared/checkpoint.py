@@ -77,6 +77,17 @@ def find_model(path: str | Path) -> Path:
     raise UserError(f"{path} holds no model: expected config.json and model.safetensors, or a run's folder with model/")
 
 
+class _Published(dict[str, Any]):
+    """A config.json. UserError for a key that it lacks."""
+
+    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.folder = folder
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.folder / 'config.json'} has no {key!r}: train or download the model again")
+
+
 def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     """The config.json of a model, checked for format and kind."""
     folder = find_model(path)
@@ -89,7 +100,7 @@ def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
         raise UserError(f"{folder} has format {form}; this version of lens-ldm reads format {FORMAT}")
     if kind is not None and found != kind:
         raise UserError(f"{folder} is a model of {KINDS.get(found, found)}; here one of {KINDS[kind]} is needed")
-    return config
+    return _Published(folder, config)
 
 
 def load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -118,11 +129,9 @@ def build_autoencoder(config: dict[str, Any], state: dict[str, Tensor]) -> Autoe
     """Rebuild an autoencoder, frozen and in eval mode, from `autoencoder_config` and its tensors."""
     try:
         shape, transform = tuple(config["image_shape"]), PixelTransform.from_config(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the model's config has damaged shapes or units ({error}): train or download it again"
-        ) from error
-    model = build("autoencoder", config["spec"], image_shape=shape, transform=transform)
+        model = build("autoencoder", config["spec"], image_shape=shape, transform=transform)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the model's config is damaged ({error}): train or download it again") from error
     fill(model, state, "autoencoder")
     return model.require_latents().freeze()
 
@@ -132,7 +141,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise UserError(
-            f"the weights of the {what} do not fit its config: {str(error).splitlines()[1].strip()}"
+            f"the weights of the {what} do not fit its config: {str(error).splitlines()[1].strip()[:200]}"
         ) from error
 
 

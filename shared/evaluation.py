@@ -64,6 +64,8 @@ def check_count(reference: LensImages, name: str, count: int | None) -> int:
             f"{name} has {2 * most} test images, which allow --count {most} (two disjoint halves, one of them for the floor), "
             f"not {count or 2}: ask for fewer, or prepare more images"
         )
+    if count == 1:
+        raise UserError("a distance between sets of images needs --count 2 at least")
     return count or min(most, LARGEST)
 
 

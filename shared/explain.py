@@ -61,7 +61,8 @@ def _locate(schema: type[BaseModel], location: tuple[int | str, ...]) -> tuple[t
         field = schema.model_fields.get(path[-1])
         blocks = _blocks(field) if field else []
         if not blocks:
-            path += [str(part) for part in parts if isinstance(part, int)]
+            named = field is not None and get_origin(field.annotation) is dict
+            path += [str(part) for part in parts if isinstance(part, int) or (named and part != "[key]")]
             break
         if field and get_origin(field.annotation) is dict and parts:
             path.append(str(parts.pop(0)))  # a block of blocks: the next part is the name of one

@@ -17,6 +17,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except IsADirectoryError as error:
+        raise UserError(f"cannot write {path}: there is a folder of that name") from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

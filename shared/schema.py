@@ -524,7 +524,9 @@ class Ablation(Block):
     @field_validator("cross")
     @classmethod
     def _some(cls, cross: dict[str, dict[str, Overrides]], info: ValidationInfo) -> dict[str, dict[str, Overrides]]:
-        cells, levels = info.data.get("cells", {}), list(cross.values())
+        if "cells" not in info.data:  # which is told already
+            return cross
+        cells, levels = info.data["cells"], list(cross.values())
         names = ["-".join(names) for names in itertools.product(*levels)] if levels else []
         twice = [name for name, n in Counter([*names, *cells]).items() if n > 1]
         _check(cross, not twice, f"two cells are called {', '.join(twice)}: rename a cell or a level")
@@ -555,11 +557,14 @@ class Ablation(Block):
             # Over the whole base, whose blocks say their names, so that another name replaces all of a block.
             return load_config(schema, [], merge(base.model_dump(mode="json"), change), label=f"cell {cell}, {label}")
 
-        second = unfold(changes.pop("stage2", {}))
+        second = changes.pop("stage2", {})
+        if not isinstance(second, dict):
+            raise UserError(f"cell {cell}: stage2 must be a block of keys of stage 2, not {second!r}")
+        second = unfold(second)
         for change in (changes, second):
-            if own := [k for k in ("name", "output") if k in change] + ["data.path"] * (
-                "path" in change.get("data", {})
-            ):
+            data = change.get("data")
+            shared = isinstance(data, dict) and "path" in data
+            if own := [k for k in ("name", "output") if k in change] + ["data.path"] * shared:
                 raise UserError(f"cell {cell}: {own[0]} is the same for all cells: say it once, above `cells`")
         stage1 = resolved(Stage1, self.stage1, {"name": f"{cell}-stage1", **merge(links, budget)}, changes, "stage1")
         if self.stage2 is None:

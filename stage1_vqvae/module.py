@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from shared.data.cache import LensImages
 from shared.data.symmetries import Turns, apply_each
+from shared.errors import UserError
 from shared.report import save_grid
 from shared.training import StageModule
 from stage1_vqvae.losses import ReconstructionLoss
@@ -34,8 +35,12 @@ class VQVAEModule(StageModule):
 
         super().__init__(config, network, batch, len(train), turns.chances)
         self.held_out = images.batch(held_out[:VALIDATION])
-        transform = network.transform
-        law = estimate_law(transform.light(self.unit(transform(images.batch(train[:VALIDATION])))))
+        transform, sample = network.transform, images.batch(train[:VALIDATION])
+        if not bool(self.held_out.isfinite().all() and sample.isfinite().all()):
+            raise UserError(
+                f"{images.path} holds pixels that are NaN or infinite: delete the folder and prepare it again"
+            )
+        law = estimate_law(transform.light(self.unit(transform(sample))))
         channels = network.image_shape[0]
         alpha = config.noise.recorrupt
         noisier = 1 + alpha**-2 if alpha > 0 else 1.0

@@ -23,18 +23,19 @@ def draw(metrics: dict[str, Any], found: dict[str, Any]) -> dict[str, Image.Imag
     real, clean, observed, _ = found["shown"]
     rows = transform.unit(torch.cat([real, observed, clean]))
     title = "test images, none picked; their reconstructions, observed; the same, clean"
-    pictures = {"reconstructions": grid(rows, SHOWN, title=title)}
+    pictures = {"reconstructions": grid(rows, len(real), title=title)}
     real, clean, _, variance = found["worst"]
     sigma = variance.clamp_min(1e-60).sqrt()
+    columns = min(SHOWN, len(real))
     parts = []
-    for start in range(0, len(real), SHOWN):
-        part = slice(start, start + SHOWN)
+    for start in range(0, len(real) - columns + 1, columns):  # whole rows: each below its own image
+        part = slice(start, start + columns)
         parts += [colour(transform.unit(images[part])) for images in (real, clean)]
         # Purple and orange: told apart by whoever cannot tell red from green.
         parts.append(colour(((real - clean) / sigma)[part], (-SIGMAS, SIGMAS), "PuOr_r"))
     chi2 = ", ".join(f"{value:.2f}" for value in metrics["worst"]["chi2_lit"][:SHOWN])
     title = f"image, clean reconstruction, residual +-{SIGMAS:g} sigma; chi2 per lit pixel {chi2}, ..."
-    pictures["worst"] = sheet(np.concatenate(parts), min(SHOWN, len(real)), title)
+    pictures["worst"] = sheet(np.concatenate(parts), columns, title)
     pictures["noise"] = noise_figure(metrics["noise"])
     pictures["spectra"] = spectra(found["sets"])
     if metrics["codes"]:

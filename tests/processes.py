@@ -4,6 +4,7 @@ torch and lightning: they are forked from a server that has imported them, and h
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ class Ended(NamedTuple):
 
 def start(folder: Path, function: Callable[..., object], *arguments: Any) -> Any:
     """The process of function(*arguments), which has begun; a function of a module's top level. It writes folder/output."""
+    (folder / "output").unlink(missing_ok=True)
     child = CONTEXT.Process(target=_call, args=(str(folder), Path.cwd(), dict(os.environ), function, arguments))
     child.start()
     return child
@@ -34,6 +36,17 @@ def run_one(folder: Path, function: Callable[..., object], *arguments: Any, time
     child.join(timeout)
     assert child.exitcode is not None, f"{child.kill()} still running after {timeout} s"
     return Ended(child.exitcode, (folder / "output").read_text())
+
+
+def kill_after(lines: int, folder: Path, function: Callable[..., object], *arguments: Any) -> int:
+    """Call function(*arguments) in a process of its own, killed once it has printed so many lines -> its exit code."""
+    child = start(folder, function, *arguments)
+    output = folder / "output"
+    while child.is_alive() and not (output.exists() and output.read_text().count("\n") >= lines):
+        time.sleep(0.001)
+    child.kill()
+    child.join()
+    return child.exitcode
 
 
 def run_two(function: Callable[..., object], *arguments: Any) -> None:

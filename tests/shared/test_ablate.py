@@ -67,6 +67,7 @@ def test_factors_are_crossed() -> None:
         ({"budget": {"steps": 3, "tflop": 1.0}}, "budget.tflop: steps or tflop, not both"),
         ({"cells": {"no/slash": {}}}, "letters, digits"),
         ({"cell": {}}, "did you mean 'cells'?"),
+        ({"cells": {"a": None}}, "cells.a: must be a block of keys, not null"),
     ],
 )
 def test_an_impossible_ablation_is_refused(keys: dict, told: str) -> None:
@@ -80,6 +81,13 @@ def test_a_typo_in_a_cell_names_the_cell() -> None:
         ablation(cells={"odd": {"autoencoder.quantizer.nmae": "vq"}}).stages("odd")
     with pytest.raises(UserError, match=r"cell odd, stage2: backbone.widht.*did you mean 'width'"):
         ablation(cells={"odd": {"stage2.backbone.widht": 3}}).stages("odd")
+
+
+def test_a_value_where_a_block_must_be_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^cell odd: stage2 must be a block of keys of stage 2, not 3$"):
+        ablation(cells={"odd": {"stage2": 3}}).stages("odd")
+    with pytest.raises(UserError, match=r"^cell odd, stage1: data: must be a block of keys, not 3$"):
+        ablation(cells={"odd": {"data": 3}}).stages("odd")
 
 
 @pytest.mark.parametrize("key", ["name", "output", "data.path", "stage2.name"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def preset(**changes: object) -> Preset:
 @pytest.fixture(scope="module", autouse=True)
 def one_call_timed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stage1_vqvae.evaluate.TIMED", 0.0)
+        patch.setattr("stage1_vqvae.evaluate.TIMED", 1e-9)
         yield
 
 
@@ -183,6 +184,14 @@ def test_a_users_mistakes_get_one_line(at_home: Path, capsys: pytest.CaptureFixt
     assert "a model of stage 2; here one of stage 1 is needed" in told("other", "--reference", "data")
     assert "there is no such folder" in told("modle", "--reference", "data")
     assert "which allow --count" in told("model", "--reference", "data", "--count", "5000")
+    assert "needs --count 2 at least" in told("model", "--reference", "data", "--count", "1")
+    for key in ("autoencoder", "precision", "data"):
+        config = json.loads(Path("model/config.json").read_text())
+        shutil.copytree("model", f"without-{key}")
+        Path(f"without-{key}/config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+        assert f"config.json has no '{key}'" in told(f"without-{key}", "--reference", "data")
+    Path("taken/metrics.json").mkdir(parents=True)
+    assert "there is a folder of that name" in told("model", "--reference", "data", "--count", "4", "--out", "taken")
     assert "makes images (1, 150, 150)" in told("model", "--reference", "data", "--fit", "3")
     assert "no preset and no file" in told("model", "--reference", "data", "--fit", "3", "--preset", "deeplens")
     assert "cuda" in told("model", "--reference", "data", "--device", "cuda:99")

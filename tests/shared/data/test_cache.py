@@ -8,12 +8,10 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
-import sys
+import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from hypothesis import strategies as st
 from shared.data.cache import CacheWriter, LensImages, StepSampler
 from shared.data.normalise import Normalisation
 from shared.errors import UserError
+from tests.processes import kill_after
 
 SHAPE = (1, 4, 6)
 SPLITS = ("train", "validation", "test")
@@ -201,24 +200,17 @@ def test_minmax_will_not_overwrite_a_column_of_the_data(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-CHILD = """
-import sys, numpy as np
-from pathlib import Path
-from shared.data.cache import CacheWriter
-writer = CacheWriter(Path(sys.argv[1]), 100, (1, 8, 8), {"kind": "test"}, 2)
-for indices in writer.pending():
-    writer.write(indices, np.stack([np.full((1, 8, 8), i, np.float32) for i in indices]))
-    print(indices.start, flush=True)
-"""
+def write_slowly(folder):
+    writer = CacheWriter(folder, 100, (1, 8, 8), {"kind": "test"}, 2)
+    for indices in writer.pending():
+        writer.write(indices, np.stack([np.full((1, 8, 8), i, np.float32) for i in indices]))
+        print(indices.start, flush=True)
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
 def test_sigkill_keeps_every_finished_chunk(tmp_path):
-    child: Any = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path / "a")], stdout=subprocess.PIPE, text=True)
-    for _ in range(7):
-        child.stdout.readline()
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
+    assert kill_after(7, tmp_path, write_slowly, tmp_path / "a") == -signal.SIGKILL
     with pytest.raises(UserError, match="unfinished: run the command"):
         LensImages(tmp_path / "a")
     writer = CacheWriter(tmp_path / "a", 100, (1, 8, 8), {"kind": "test"})

@@ -5,8 +5,7 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
-import sys
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -17,10 +16,11 @@ from PIL import Image
 
 from shared.cli import main
 from shared.data import prepare as command
-from shared.data.cache import LensImages
+from shared.data.cache import CacheWriter, LensImages
 from shared.data.prepare import prepare
 from shared.data.sources import Source, class_labels, natural_key
 from shared.errors import UserError
+from tests.processes import kill_after
 
 SHAPE = (1, 4, 6)
 
@@ -142,19 +142,17 @@ def test_an_interrupted_prepare_reads_only_the_rest(tmp_path, monkeypatch, capsy
     assert len(LensImages(tmp_path / "out")) == 12
 
 
-CHILD = """
-import sys
-from pathlib import Path
-from shared.data import prepare as command
-from shared.data.cache import CacheWriter
-command.CHUNK_BYTES = 4 * 96
-write = CacheWriter.write
-def told(self, indices, images):
-    write(self, indices, images)
-    print(indices.start, flush=True)
-CacheWriter.write = told
-command.prepare(Path(sys.argv[1]), Path(sys.argv[2]), skip_bad=True)
-"""
+def prepare_slowly(source: Path, out: Path) -> None:
+    command.CHUNK_BYTES = 4 * 96
+    write = CacheWriter.write
+
+    def told(self: CacheWriter, indices: range, images: np.ndarray) -> None:
+        write(self, indices, images)
+        print(indices.start, flush=True)
+        time.sleep(0.01)
+
+    CacheWriter.write = told
+    command.prepare(source, out, skip_bad=True)
 
 
 @pytest.mark.slow
@@ -167,20 +165,11 @@ def test_sigkill_at_any_time_and_the_same_command_goes_on(tmp_path, packed):
         save_all(tmp_path / "in", {"no/a.npy": images[:150], "vort/a.npy": images[150:]})
     else:
         save_all(tmp_path / "in", dict(zip(names, images, strict=True)))
-    source, kills = zip_of(tmp_path / "in") if packed else tmp_path / "in", 0
+    source = zip_of(tmp_path / "in") if packed else tmp_path / "in"
     for lines in (5, 20):
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(source), str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(lines):
-            if not child.stdout.readline():
-                break
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-        kills += child.returncode == -signal.SIGKILL
+        assert kill_after(lines, tmp_path, prepare_slowly, source, tmp_path / "out") == -signal.SIGKILL
         with pytest.raises(UserError, match="unfinished"):
             LensImages(tmp_path / "out")
-    assert kills == 2
     cache = prepare(source, tmp_path / "out", skip_bad=True)
     good = [i for i in range(300) if i not in (100, 200)]
     np.testing.assert_array_equal(cache.images, images[good])
