@@ -90,7 +90,9 @@ def test_a_seed_is_a_lens_whatever_is_drawn_with_it(at_home: Path) -> None:
     assert torch.equal(together, generator.images([3, 4, 5, 6, 7], batch_size=5))
 
 
-def test_an_autoencoder_that_predicts_the_variance_of_its_noise_trains_and_is_scored(at_home: Path) -> None:
+def test_an_autoencoder_that_predicts_the_variance_of_its_noise_trains_and_is_scored(
+    at_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     main([
         "train-vqvae", "--config", "stage1/vqvae.yaml", "--name", "learned", "--data.path", "data/smoke",
         "--autoencoder.widths", "[16, 16]", "--autoencoder.decoder_blocks", "1", "--autoencoder.predict_variance", "true",
@@ -100,6 +102,7 @@ def test_an_autoencoder_that_predicts_the_variance_of_its_noise_trains_and_is_sc
     config, _ = load("checkpoints/learned", "autoencoder")
     assert config["metrics"]["noise"]["scaled"] is True  # deeplense scales each image to its own range
     assert config["metrics"]["noise"]["step"] > 0  # of whole counts
+    monkeypatch.setattr("stage1_vqvae.evaluate.TIMED", 1e-9)
     main(["evaluate-vqvae", "checkpoints/learned", "--reference", "data/smoke", "--count", "8", "--device", "cpu"])
     metrics = json.loads(Path("checkpoints/learned/evaluation/metrics.json").read_text())
     assert metrics["distances"]["fd_efflite0"]["truth + fitted noise"]["n"] == 8

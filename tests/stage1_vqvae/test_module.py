@@ -12,6 +12,7 @@ from shared.config import load_config, to_dict
 from shared.data.cache import CacheWriter, LensImages
 from shared.data.normalise import Normalisation
 from shared.data.symmetries import turns
+from shared.errors import UserError
 from shared.registry import build
 from shared.schema import Stage1
 from stage1_vqvae.module import VQVAEModule
@@ -61,21 +62,8 @@ def test_a_data_set_that_was_spoiled_is_told_before_it_is_trained_on(tmp_path: P
 def test_images_are_recorrupted_with_their_own_noise_whatever_their_units(tmp_path: Path, normalise: str) -> None:
     clean = lights(200)
     noisy = (clean + NOISE * np.random.default_rng(1).standard_normal(clean.shape)).astype(np.float32)
-    writer = CacheWriter(
-        tmp_path / "data", 200, (1, 30, 30), {"kind": "test"}, normalise=Normalisation.parse(normalise)
-    )
-    for chunk in writer.pending():
-        writer.write(chunk, noisy[chunk.start : chunk.stop])
-    writer.finish()
-    images = LensImages(tmp_path / "data")
-    config = load_config(Stage1, [], {
-        "name": "run", "data": {"path": str(tmp_path / "data")},
-        "autoencoder": {"widths": [8, 8], "decoder_blocks": 1, "quantizer": {"name": "none"}},
-    })  # fmt: skip
-    transform = images.transform
-    network = build("autoencoder", to_dict(config)["autoencoder"], image_shape=images.image_shape, transform=transform)
-    module = VQVAEModule(config, network, images, turns(images, "none"))
-    module._trainer = SimpleNamespace(global_step=0)  # type: ignore[assignment]
+    module = module_of(tmp_path / "data", normalise, noisy)
+    network, transform = module.network, module.network.transform
     seen: list[Tensor] = []
     network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     module.criterion.register_forward_pre_hook(lambda _, given: seen.append(2 * given[1] - 1))
