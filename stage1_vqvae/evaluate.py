@@ -437,7 +437,7 @@ def code_use(indices: Tensor, quantizer: Quantizer) -> tuple[dict[str, Any], lis
     usage = CodeUsage(quantizer.codes, quantizer.heads, quantizer.levels)
     usage.update(indices)
     found, counts = usage.compute(), [count.numpy() for count in usage.counts()]
-    metrics = {"codes": quantizer.codes, "heads": quantizer.heads}
+    metrics: dict[str, Any] = {"codes": quantizer.codes, "heads": quantizer.heads}
     metrics |= {key: found[key] for key in ("codes_used", "perplexity")}
     if quantizer.levels:
         return metrics | {"levels_used": usage.levels_used()}, counts
