@@ -121,12 +121,17 @@ def to_yaml(config: BaseModel) -> str:
 
 
 def merge(old: Tree, new: Mapping[str, Any]) -> Tree:
-    """`new` over `old`, block by block; a block under another `name` replaces the old one, lists are replaced whole."""
+    """`new` over `old`, block by block; a block under another `name` replaces the old one, lists are replaced whole.
+
+    A block with a `class_path` is that of another part for each, called `custom`.
+    """
     merged = dict(old)
     for key, value in new.items():
         before = merged.get(key)
+        if isinstance(value, dict) and "class_path" in value:
+            value = {"name": "custom", **value}
         if isinstance(before, dict) and isinstance(value, dict):
-            renamed = "name" in before and "name" in value and before["name"] != value["name"]
+            renamed = any(k in before and k in value and before[k] != value[k] for k in ("name", "class_path"))
             value = value if renamed else merge(before, value)
         merged[key] = value
     return merged
