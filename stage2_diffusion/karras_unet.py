@@ -14,7 +14,7 @@ RESIDUAL = 0.3  # share of a block in the sum with what it was given
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
-    """x with a mean square of 1 along dim (Eq. 4); zero stays zero."""
+    """x with a mean square of 1 along dim; zero stays zero."""
     return x * (x.float().square().mean(dim, keepdim=True) + 1e-8).rsqrt().to(x.dtype)
 
 
@@ -72,7 +72,7 @@ class Conv(UnitRows, nn.Conv2d):
 
 
 class Attention(nn.Module):
-    """x mixed with self-attention over the whole grid, of queries, keys and values of one length (§B.3)."""
+    """x mixed with self-attention over the whole grid, of queries, keys and values of one length."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -92,7 +92,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x mixed with conv(conv(x)), scaled between by the embedding, then attention (Fig. 21).
+    """x mixed with conv(conv(x)), scaled between by the embedding, then attention.
 
     entering   on the way in, where x is given unit length at each pixel first; on the way out it is not
     heads      of the attention; 0 for none
