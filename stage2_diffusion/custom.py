@@ -13,11 +13,11 @@ count.
 
 import difflib
 import inspect
-import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -54,7 +54,7 @@ def custom(
             f"{package} as it is on this machine, add --trust {package}, in Python "
             f'Generator.from_pretrained(path, trust="{package}")'
         )
-    with told(f"backbone {class_path}: {module} cannot be imported (is its folder in PYTHONPATH?)", module):
+    with told(f"backbone {class_path}: {module} cannot be imported (is its folder in PYTHONPATH?)"):
         found = import_module(module)
     if not inspect.isclass(kind := getattr(found, name, None)) or not issubclass(kind, nn.Module):
         known = [key for key, value in vars(found).items() if inspect.isclass(value) and issubclass(value, nn.Module)]
@@ -65,10 +65,10 @@ def custom(
         inspect.signature(kind).bind(**arguments)
     except TypeError as error:
         raise UserError(f"backbone {class_path}: {error}; it is given {', '.join(arguments)}") from error
-    with told(f"backbone {class_path} cannot be built", module):
+    with told(f"backbone {class_path} cannot be built"):
         network = kind(**arguments)
     network.__dict__["cond_dim"] = cond_dim  # what the denoiser asks a backbone for
-    with told(f"backbone {class_path} fails on latents of zeros", module):
+    with told(f"backbone {class_path} fails on latents of zeros"):
         out = dry_run(network, latent_shape, cond_dim)
     if not isinstance(out, Tensor) or out.shape != (2, *latent_shape):
         given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -91,13 +91,13 @@ def dry_run(network: nn.Module, latent_shape: tuple[int, int, int], cond_dim: in
 
 
 @contextmanager
-def told(what: str, module: str) -> Iterator[None]:
-    """Whatever goes wrong in the user's code as one line, with the last place in that module."""
+def told(what: str) -> Iterator[None]:
+    """Whatever goes wrong in the user's code as one line, with the last place that is neither torch's nor ours."""
     try:
         yield
     except Exception as error:
-        file = getattr(sys.modules.get(module), "__file__", None)
-        places = [
-            f" (line {at.lineno} of {file})" for at in traceback.extract_tb(error.__traceback__) if at.filename == file
-        ]
-        raise UserError(f"{what}: {type(error).__name__}: {error}{''.join(places[-1:])}") from error
+        ours = (str(Path(torch.__file__).parent), __file__, "<")
+        places = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith(ours)]
+        where = f" (line {places[-1].lineno} of {places[-1].filename})" if places else ""
+        message = " ".join(str(error).split())
+        raise UserError(f"{what}: {type(error).__name__}: {message}{where}") from error
