@@ -61,7 +61,8 @@ def parse_arguments(
     argv             None: the process's own
     default_config   what `--config` is when it is not given
     """
-    keys = "\n".join(f"  --{key:<44} {default:<16} {text}" for key, default, text in describe(schema))
+    told = dict.fromkeys(describe(schema))  # once, what parts have in common
+    keys = "\n".join(f"  --{key:<44} {default:<16} {text}" for key, default, text in told)
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"any key of the config, as --KEY VALUE or --KEY=VALUE with a value in YAML:\n{keys}",
