@@ -61,7 +61,8 @@ def parse_arguments(
     argv             None: the process's own
     default_config   what `--config` is when it is not given
     """
-    keys = "\n".join(f"  --{key:<44} {default:<16} {text}" for key, default, text in describe(schema))
+    told = dict.fromkeys(describe(schema))  # once, what parts have in common
+    keys = "\n".join(f"  --{key:<44} {default:<16} {text}" for key, default, text in told)
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"any key of the config, as --KEY VALUE or --KEY=VALUE with a value in YAML:\n{keys}",
@@ -121,12 +122,17 @@ def to_yaml(config: BaseModel) -> str:
 
 
 def merge(old: Tree, new: Mapping[str, Any]) -> Tree:
-    """`new` over `old`, block by block; a block under another `name` replaces the old one, lists are replaced whole."""
+    """`new` over `old`, block by block; a block under another `name` replaces the old one, lists are replaced whole.
+
+    A block with a `class_path` is that of another part for each, called `custom`.
+    """
     merged = dict(old)
     for key, value in new.items():
         before = merged.get(key)
+        if isinstance(value, dict) and "class_path" in value:
+            value = {"name": "custom", **value}
         if isinstance(before, dict) and isinstance(value, dict):
-            renamed = "name" in before and "name" in value and before["name"] != value["name"]
+            renamed = any(k in before and k in value and before[k] != value[k] for k in ("name", "class_path"))
             value = value if renamed else merge(before, value)
         merged[key] = value
     return merged

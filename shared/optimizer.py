@@ -107,9 +107,10 @@ def build_optimizer(
     beside   further groups, {"params": ..., "lr": ..., "betas": ...}, for AdamW in either case and not decayed
 
     The weights of linear layers and convolutions are decayed and, by Muon, orthogonalised; gains, biases and positional
-    maps are neither, for they are no maps from one space to another.
+    maps are neither, for they are no maps from one space to another. A layer with a method `renormalize` has it called
+    after each step.
     """
-    layers = (module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     matrices = {layer.weight: None for layer in layers if layer.weight.requires_grad}  # ordered, and each once
     others = [p for p in network.parameters() if p.requires_grad and p not in matrices]
     groups: list[dict[str, Any]] = [
@@ -117,7 +118,18 @@ def build_optimizer(
         {"params": others, "weight_decay": 0.0},
         *({**group, "weight_decay": 0.0} for group in beside),
     ]
+    optimizer: torch.optim.Optimizer
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-    groups[0]["orthogonal"] = True
-    return Muon(groups, lr=lr, betas=betas)
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    else:
+        groups[0]["orthogonal"] = True
+        optimizer = Muon(groups, lr=lr, betas=betas)
+    kept: list[Any] = [layer.renormalize for layer in layers if hasattr(layer, "renormalize")]
+
+    def renormalize(*_: Any) -> None:
+        for keep in kept:
+            keep()
+
+    if kept:
+        optimizer.register_step_post_hook(renormalize)
+    return optimizer

@@ -1,7 +1,8 @@
 """The one table of every part a config or a checkpoint may name.
 
-Short names and not dotted paths: a renamed class orphans no checkpoint, and no file can name a module to import.
-A part is imported when it is built and not before, so `shared` needs neither stage.
+Short names and not dotted paths: a renamed class orphans no checkpoint, and no file can name a module to import; the
+backbone `custom`, which has a dotted path, imports only what the user has said to trust. A part is imported when it is
+built and not before, so `shared` needs neither stage.
 """
 
 import difflib
@@ -29,6 +30,9 @@ PARTS: dict[str, dict[str, str]] = {
     "backbone": {
         "unet": "stage2_diffusion.unet:UNet",
         "dit": "stage2_diffusion.dit:DiT",
+        "uvit": "stage2_diffusion.uvit:UViT",
+        "karras_unet": "stage2_diffusion.karras_unet:KarrasUNet",
+        "custom": "stage2_diffusion.custom:custom",
     },
     "sampler": {
         "ddpm": "stage2_diffusion.samplers:ddpm",

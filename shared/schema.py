@@ -5,8 +5,10 @@ names and with the same defaults; a test compares the two. A check of one key ag
 two, as a field validator, so that it is reported together with everything else that is wrong.
 """
 
+import importlib.util
 import itertools
 import math
+import sys
 from collections import Counter
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -248,6 +250,13 @@ class UNet(Block):
         return heads
 
 
+class KarrasUNet(UNet):
+    """A U-Net in which every layer keeps the magnitude of its input."""
+
+    name: Literal["karras_unet"] = "karras_unet"  # type: ignore[assignment]
+    blocks: int = key(1, "residual blocks a level", ge=1)
+
+
 class DiT(Block):
     """A transformer."""
 
@@ -264,6 +273,36 @@ class DiT(Block):
     def _divide(cls, heads: int, info: ValidationInfo) -> int:
         width = info.data.get("width", 4 * heads)
         return _check(heads, width % (4 * heads) == 0, f"4 x {heads} does not divide width {width}")
+
+
+class UViT(DiT):
+    """A transformer with long skips, to which time and condition are tokens."""
+
+    name: Literal["uvit"] = "uvit"  # type: ignore[assignment]
+    depth: int = key(5, "transformer blocks, an odd number: in, one in the middle, out", ge=1)
+
+    @field_validator("depth")
+    @classmethod
+    def _middle(cls, depth: int) -> int:
+        return _check(depth, depth % 2 == 1, f"{depth} is even: there is one block between as many in as out")
+
+
+class Custom(Block):
+    """A class of the user's own."""
+
+    name: Literal["custom"] = "custom"
+    class_path: str = key(..., "a class of your own, my_package.my_module.MyNet")
+    options: dict[str, Any] = key({}, "what its constructor takes beside latent_shape and cond_dim")
+
+    @field_validator("class_path")
+    @classmethod
+    def _is_there(cls, path: str) -> str:
+        package, *rest = path.split(".")
+        dotted = rest and all(part.isidentifier() for part in (package, *rest))
+        _check(path, bool(dotted), f"must be the dotted path of a class, my_package.my_module.MyNet, not {path!r}")
+        # A search for more than the package would import it, and torch with it.
+        found = package in sys.modules or importlib.util.find_spec(package) is not None
+        return _check(path, found, f"there is no module {package!r}: install it, or put its folder into PYTHONPATH")
 
 
 class Diffusion(Block):
@@ -398,7 +437,7 @@ class Stage2(_Run):
 
     data: LabelledData
     autoencoder: str = key(..., "folder of a stage-1 run or model, or `pixels`", min_length=1)
-    backbone: Annotated[UNet | DiT, Field(discriminator="name")] = UNet()
+    backbone: Annotated[UNet | DiT | UViT | KarrasUNet | Custom, Field(discriminator="name")] = UNet()
     diffusion: Diffusion = Diffusion()
     sampling: Sampling = Sampling()
     optimizer: Optimizer = Optimizer()

@@ -31,7 +31,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, mlp_ratio: float):
         super().__init__()
-        hidden = 8 * round(mlp_ratio * width * 2 / 3 / 8)
+        hidden = 8 * max(1, round(mlp_ratio * width * 2 / 3 / 8))
         self.expand, self.contract = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -104,16 +104,26 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Like x (N, c, h, w), for times t (N,) in [0, 1] and cond (N, cond_dim), or None if cond_dim is 0."""
-        height, breadth, p = *x.shape[-2:], self.patch
-        x = F.pad(x, (0, -breadth % p, 0, -height % p))
-        rows = x.shape[-2] // p
         embedded = F.silu(self.embedding(t, cond))
-        tokens = self.stem(rearrange(x, "n c (h p) (w q) -> n (h w) (p q c)", p=p, q=p)) + self.position
+        tokens = self.stem(to_tokens(x, self.patch)) + self.position
         for block in self.blocks:
             tokens = block(tokens, embedded, self.cos, self.sin)
         shift, scale = self.modulation(embedded)[:, None].chunk(2, -1)
-        out = self.out(torch.addcmul(shift, self.norm(tokens), 1 + scale))
-        return rearrange(out, "n (h w) (p q c) -> n c (h p) (w q)", h=rows, p=p, q=p)[..., :height, :breadth]
+        return to_grid(self.out(torch.addcmul(shift, self.norm(tokens), 1 + scale)), x, self.patch)
+
+
+def to_tokens(x: Tensor, patch: int) -> Tensor:
+    """(N, c, h, w) -> (N, rows * columns, patch² c), padded with zeros below and on the right."""
+    height, breadth = x.shape[-2:]
+    padded = F.pad(x, (0, -breadth % patch, 0, -height % patch))
+    return rearrange(padded, "n c (h p) (w q) -> n (h w) (p q c)", p=patch, q=patch)
+
+
+def to_grid(tokens: Tensor, x: Tensor, patch: int) -> Tensor:
+    """`to_tokens` undone: (N, rows * columns, patch² c) -> the shape of x."""
+    height, breadth = x.shape[-2:]
+    padded = rearrange(tokens, "n (h w) (p q c) -> n c (h p) (w q)", h=-(-height // patch), p=patch, q=patch)
+    return padded[..., :height, :breadth]
 
 
 def rotary_angles(rows: int, columns: int, dim: int) -> Tensor:

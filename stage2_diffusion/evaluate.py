@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--{given[0]} says how to draw samples, and --samples brings them: give one of the two")
     # Whatever can be wrong is found before the first minute of work.
     networks = chosen_networks(a)
-    generator = Generator.from_pretrained(a.model, check_device(a.device))
+    generator = Generator.from_pretrained(a.model, check_device(a.device), a.trust)
     reference = LensImages(a.reference)
     count = check_reference(generator.autoencoder, reference, a.reference, a.count, generator.config["data"]["name"])
     out = a.out or Path(a.model) / "evaluation"

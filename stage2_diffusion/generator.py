@@ -17,6 +17,7 @@ from shared.autoencoder import Autoencoder
 from shared.checkpoint import build_autoencoder, fill, load
 from shared.precision import autocast, choose_device
 from shared.registry import build, resolve
+from stage2_diffusion import custom
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.samplers import SeededNoise
 from stage2_diffusion.schedule import NoiseSchedule
@@ -48,8 +49,13 @@ class Generator:
         self.config: dict[str, Any] = {}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str = "auto") -> "Generator":
-        """Load a published model of stage 2 (its folder, or its run's); it carries the autoencoder with it."""
+    def from_pretrained(cls, path: str | Path, device: str = "auto", trust: str | None = None) -> "Generator":
+        """Load a published model of stage 2 (its folder, or its run's); it carries the autoencoder with it.
+
+        trust   a package on this machine whose code it may run, for a backbone that is a class of its author's own
+        """
+        if trust:
+            custom.trust(trust)
         config, state = load(path, "diffusion")
         parts: dict[str, dict[str, Tensor]] = {"autoencoder": {}, "denoiser": {}}
         for name, tensor in state.items():

@@ -16,8 +16,9 @@ from shared.data.symmetries import Turns, apply, apply_each, turns
 from shared.errors import UserError
 from shared.precision import autocast, choose_device, resolve_precision
 from shared.run import Run, is_main_process
-from shared.schema import Stage2
+from shared.schema import Custom, Stage2
 from shared.training import fit
+from stage2_diffusion.custom import trust
 from stage2_diffusion.generator import build_denoiser, orientations
 from stage2_diffusion.module import DiffusionModule
 
@@ -26,6 +27,8 @@ HELD_OUT = 256  # validation images whose latents are watched
 
 def train(config: Stage2, resume: str = "auto") -> Path:
     """Config -> the folder of the published generator."""
+    if isinstance(config.backbone, Custom):
+        trust(config.backbone.class_path)
     images = LensImages(config.data.path)
     autoencoder, autoencoder_config = load_autoencoder(config.autoencoder, images.image_shape, images.transform)
     turned = turns(images, config.data.augment)
@@ -142,10 +145,10 @@ def finish(
 
 
 def card(published: dict) -> str:
-    t = published["training"]
+    t, backbone = published["training"], published["backbone"]
     return f"""# {t["name"]}: generator (stage 2 of lens-ldm)
 
-A diffusion model (`{published["backbone"]["name"]}`, {published["diffusion"]["prediction"]} on the
+A diffusion model (`{backbone.get("class_path", backbone["name"])}`, {published["diffusion"]["prediction"]} on the
 {published["diffusion"]["schedule"]} schedule) of the latents of `{t["autoencoder"]}`, trained for
 {t["trainer"]["max_steps"]} steps of {t["data"]["batch_size"]} on {published["data"]["images"]} images of
 `{published["data"]["name"]}`. The autoencoder is in the same file.

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder (default %(default)s)")
     a = parser.parse_args(argv)
     seeds = seed_range(a.seed, a.count)
-    generator = Generator.from_pretrained(a.model, check_device(a.device))
+    generator = Generator.from_pretrained(a.model, check_device(a.device), a.trust)
     settings = chosen_settings(a, generator)
     make_folder(a.out)
     started = time.perf_counter()
@@ -66,11 +66,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The options of whatever draws samples: SETTINGS, and the device."""
+    """The options of whatever draws samples: SETTINGS, the device, and whose code a model may run."""
     parser.add_argument("--steps", type=positive, help="evaluations of the network a lens (default: the model's)")
     parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
     parser.add_argument("--shift", type=above_zero, help="of the grid of times; above 1: shorter steps at high noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
+    parser.add_argument(
+        "--trust", metavar="PACKAGE", help="whose code on this machine a model may run for its backbone"
+    )
 
 
 def chosen_settings(options: argparse.Namespace, generator: Generator) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A small UNet for latent grids of any size, and the embedding of time and condition that both backbones use."""
+"""A small UNet for latent grids of any size, and the embedding of time and condition that backbones share."""
 
 import math
 from collections.abc import Sequence
@@ -11,20 +11,35 @@ from torch import Tensor, nn
 from shared.errors import UserError
 
 
+class Waves(nn.Module):
+    """Time (N,) in [0, 1] as sines and cosines (N, 2 count): Vaswani et al. 2017, §3.5, with t as 1,000 ticks."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", 1000 ** torch.linspace(0, 1, count), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t.float()[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], 1)
+
+
 class Embedding(nn.Module):
     """Time (N,) in [0, 1] and condition (N, cond_dim), or None where cond_dim is 0, as one vector (N, width)."""
 
     def __init__(self, width: int, cond_dim: int = 0, frequencies: int = 64):
         super().__init__()
+        self.waves = Waves(frequencies)
         self.time = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
         self.cond = nn.Sequential(nn.Linear(cond_dim, width), nn.SiLU(), nn.Linear(width, width)) if cond_dim else None
-        self.frequencies: Tensor
-        self.register_buffer("frequencies", 1000 ** torch.linspace(0, 1, frequencies), persistent=False)
+
+    def parts(self, t: Tensor, cond: Tensor | None) -> list[Tensor]:
+        """One vector (N, width) for the time and, where there is one, one for the condition."""
+        return [self.time(self.waves(t)), *([] if self.cond is None else [self.cond(cond)])]
 
     def forward(self, t: Tensor, cond: Tensor | None) -> Tensor:
-        angles = t.float()[:, None] * self.frequencies  # Vaswani et al. 2017, §3.5, with t as 1,000 ticks
-        embedded = self.time(torch.cat([angles.sin(), angles.cos()], 1))
-        return embedded if self.cond is None else embedded + self.cond(cond)
+        time, *rest = self.parts(t, cond)
+        return time + rest[0] if rest else time
 
 
 class ResBlock(nn.Module):

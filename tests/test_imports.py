@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shared", "stage1_vqvae", "stage2_diffusion")
 STAGES = ("stage1_vqvae", "stage2_diffusion")
+PROCESS = ("stage2_diffusion.schedule", "stage2_diffusion.denoiser", "stage2_diffusion.samplers")
 MODELS = (*STAGES, "shared.autoencoder", "shared.registry", "shared.checkpoint", "shared.training")
 
 # A module, or a package with all that is in it -> what it must not import, likewise.
@@ -19,8 +20,7 @@ NEVER = {
     "stage2_diffusion": ("stage1_vqvae",),
     "stage2_diffusion.samplers": PACKAGES,
     "stage2_diffusion.schedule": PACKAGES,
-    "stage2_diffusion.unet": ("stage2_diffusion.schedule", "stage2_diffusion.denoiser", "stage2_diffusion.samplers"),
-    "stage2_diffusion.dit": ("stage2_diffusion.schedule", "stage2_diffusion.denoiser", "stage2_diffusion.samplers"),
+    **{f"stage2_diffusion.{backbone}": PROCESS for backbone in ("unet", "dit", "uvit", "karras_unet", "custom")},
     "shared.metrics": MODELS,
 }
 # Beside Python's own library, these may import what is listed and no more, wherever in the file.

@@ -16,10 +16,23 @@ from shared.checkpoint import load, load_autoencoder, read_config
 from shared.cli import main
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
+from stage2_diffusion import custom
 from stage2_diffusion.generator import Generator
 from tests.processes import run_two
 
 pytestmark = pytest.mark.slow
+OWN_NET = """
+from torch import nn
+
+
+class OwnNet(nn.Module):
+    def __init__(self, latent_shape, cond_dim, kernel):
+        super().__init__()
+        self.conv = nn.Conv2d(latent_shape[0], latent_shape[0], kernel, padding="same")
+
+    def forward(self, x, t, cond):
+        return self.conv(x)
+"""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -130,6 +143,11 @@ def test_clean_and_observed_differ_by_pixel_noise_alone(at_home: Path) -> None:
     ("name", "options"),
     [
         ("dit", ["--backbone.name", "dit", "--backbone.width", "16", "--backbone.depth", "1", "--backbone.heads", "2"]),
+        (
+            "uvit",
+            ["--backbone.name", "uvit", "--backbone.width", "16", "--backbone.depth", "3", "--backbone.heads", "2"],
+        ),
+        ("karras", ["--backbone.name", "karras_unet", "--optimizer.name", "adamw"]),
         ("ddpm", ["--diffusion.schedule", "linear", "--diffusion.prediction", "eps", "--diffusion.time", "uniform"]),
         ("vpred", ["--diffusion.schedule", "cosine", "--diffusion.prediction", "v", "--sampling.sampler", "dpmpp"]),
         ("x0", ["--diffusion.schedule", "sigmoid", "--diffusion.prediction", "x0", "--sampling.sampler", "ddim"]),
@@ -138,10 +156,39 @@ def test_clean_and_observed_differ_by_pixel_noise_alone(at_home: Path) -> None:
 def test_other_backbones_and_objectives_are_a_word_away(at_home: Path, name: str, options: list[str]) -> None:
     common = ["--config", "stage2/unet.yaml", "--name", name, "--data.path", "data/smoke", "--data.batch_size", "8"]
     common += ["--autoencoder", "checkpoints/smoke-stage1", "--logger.wandb", "disabled", "--trainer.max_steps", "3"]
-    small = [] if name == "dit" else ["--backbone.width", "8", "--backbone.blocks", "1", "--backbone.heads", "1"]
+    small = (
+        [] if name in ("dit", "uvit") else ["--backbone.width", "8", "--backbone.blocks", "1", "--backbone.heads", "1"]
+    )
     main(["train-diffusion", *common, *small, *options])
     images = Generator.from_pretrained(f"checkpoints/{name}", "cpu").images(range(2), steps=3)
     assert torch.isfinite(images).all()
+
+
+def test_a_class_of_one_s_own_trains_and_is_loaded_by_those_who_trust_it(
+    at_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_net.py").write_text(OWN_NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(custom, "TRUSTED", set())
+    main([
+        "train-diffusion", "--config", "stage2/unet.yaml", "--name", "own", "--data.path", "data/smoke",
+        "--data.batch_size", "8", "--autoencoder", "checkpoints/smoke-stage1", "--logger.wandb", "disabled",
+        "--trainer.max_steps", "3", "--backbone.class_path", "own_net.OwnNet", "--backbone.options", "{kernel: 5}",
+    ])  # fmt: skip
+    assert "`own_net.OwnNet`" in Path("checkpoints/own/model/README.md").read_text()
+    draw = ["sample", "checkpoints/own", "--count", "2", "--steps", "2", "--out", str(tmp_path / "drawn")]
+    main(draw)  # by who has trained it, in the same process
+    assert (tmp_path / "drawn" / "samples.npz").is_file()
+
+    monkeypatch.setattr(custom, "TRUSTED", set())  # as in another process
+    monkeypatch.delitem(sys.modules, "own_net")
+    error = fails(capsys, *draw)
+    assert error.count("\n") == 1
+    assert "own_net.OwnNet" in error
+    assert "--trust own_net" in error
+    assert "own_net" not in sys.modules
+    main([*draw, "--trust", "own_net"])
+    assert "own_net" in sys.modules
 
 
 def test_diffusion_on_pixels_is_the_same_code(at_home: Path) -> None:

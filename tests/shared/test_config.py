@@ -223,10 +223,10 @@ def test_missing_keys_are_named_with_the_file_that_should_have_them(write):
 def test_a_part_that_is_unknown_or_unnamed_lists_the_known_ones(write):
     write("a.yaml", MINIMAL + "backbone: {width: 16}\n")
     assert errors(Stage2, ["a.yaml"]) == [
-        "a.yaml: backbone.name: is missing: it says which part this block configures (known: unet, dit)"
+        "a.yaml: backbone.name: is missing: it says which part this block configures (known: unet, dit, uvit, karras_unet, custom)"
     ]
     assert errors(Stage2, ["a.yaml"], ["--backbone.name", "dti"]) == [
-        "command line: backbone.name: 'dti' is not known; did you mean 'dit'? (known: unet, dit)"
+        "command line: backbone.name: 'dti' is not known; did you mean 'dit'? (known: unet, dit, uvit, karras_unet, custom)"
     ]
     assert errors(Stage1, ["stage1/vqvae"], ["--autoencoder.latents", "quantised"]) == [
         "command line: autoencoder.latents: 'quantised' is not known; did you mean 'quantized'? "

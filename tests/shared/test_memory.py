@@ -91,6 +91,8 @@ NETWORKS = {
     "vqvae": stage1,
     "unet": lambda: stage2(name="unet", width=16, multipliers=[1, 2], blocks=2, heads=2),
     "dit": lambda: stage2(name="dit", width=32, depth=4, heads=2),
+    "uvit": lambda: stage2(name="uvit", width=32, depth=5, heads=2),
+    "karras_unet": lambda: stage2(name="karras_unet", width=16, multipliers=[1, 2], blocks=2, heads=2),
 }
 
 

@@ -86,6 +86,12 @@ def test_a_block_has_the_options_of_its_constructor(kind, name, block):
         ("dit", {"width": 64, "heads": 4, "depth": 1}),
         ("dit", {"width": 64, "heads": 6, "depth": 1}),
         ("dit", {"width": 100, "heads": 10, "depth": 1}),
+        ("uvit", {"width": 64, "heads": 4, "depth": 1}),
+        ("uvit", {"width": 64, "heads": 4, "depth": 2}),
+        ("uvit", {"width": 64, "heads": 6, "depth": 3}),
+        ("karras_unet", {"width": 12}),
+        ("karras_unet", {"attention": [2]}),
+        ("karras_unet", {"width": 16, "multipliers": [1, 3], "heads": 5}),
     ],
 )
 def test_what_the_schema_calls_impossible_the_backbone_refuses_too_and_nothing_else(name, options):
