@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from stage2_diffusion.samplers import SeededNoise, ab2, ddim, ddpm, dpmpp
+from stage2_diffusion.samplers import SeededNoise, ab2, consistency, ddim, ddpm, dpmpp
 from stage2_diffusion.schedule import CURVES, NoiseSchedule
 
 SAMPLERS = [ddim, dpmpp, ab2]
