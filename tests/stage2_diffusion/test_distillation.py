@@ -1,21 +1,19 @@
 """A student of few steps: on Gaussian data, where the path from each noise ends is known; then from model to model."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from shared.checkpoint import load
+from shared.checkpoint import load, publish
 from shared.cli import main
 from shared.config import load_config
-from shared.errors import UserError
 from shared.schema import Distill, Stage2
-from shared.training import read_checkpoint
+from stage2_diffusion import distillation
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.distillation import distill, end_error, solve
-from stage2_diffusion.generator import Generator
+from stage2_diffusion.generator import Generator, build_denoiser, orientations
 from stage2_diffusion.pipeline import train
 from stage2_diffusion.samplers import SeededNoise, ab2, consistency
 from stage2_diffusion.schedule import NoiseSchedule
@@ -81,7 +79,7 @@ def test_a_student_learns_the_ends_of_paths_and_beats_its_teacher_at_one_step(sc
     student, teacher = Denoiser(Tiny(), process, prediction), exact(process, False)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 500)
-    times = process.times(16)
+    times = process.times(16, shift=3.0)
     for _ in range(500):
         states, x_0 = solve(teacher, process, lambda shape: torch.randn(64, *shape), SHAPE, times)
         optimizer.zero_grad()
@@ -90,10 +88,11 @@ def test_a_student_learns_the_ends_of_paths_and_beats_its_teacher_at_one_step(sc
         decay.step()
     noise = SeededNoise(range(512))(SHAPE)
     end = exact(process, True)(noise, torch.ones(512))  # the closed form
-    one_step = {
-        name: float((consistency(denoise, process, lambda shape: noise, SHAPE, 1) - end).square().mean().sqrt())
-        for name, denoise in (("student", student), ("teacher", teacher))
-    }
+    with torch.no_grad():
+        one_step = {
+            name: float((consistency(denoise, process, lambda shape: noise, SHAPE, 1) - end).square().mean().sqrt())
+            for name, denoise in (("student", student), ("teacher", teacher))
+        }
     assert one_step["student"] < 0.05
     assert one_step["teacher"] > 0.5  # all that it says of pure noise is the mean
     for steps in (1, 2):
@@ -144,32 +143,72 @@ def test_a_student_is_published_as_its_teacher_is_and_says_whose_it_is(teacher: 
     images = student.images([3, 4])
     assert images.shape == (2, 1, 30, 30)
     assert torch.allclose(images[1], student.images([4])[0], atol=1e-5)  # of its seed alone
-    assert "metrics.csv" in {f.name for f in folder.parent.iterdir()}
+    assert "validation/end_error" in (folder.parent / "metrics.csv").read_text()
     assert str(teacher) in (folder / "README.md").read_text()
 
 
 @pytest.mark.slow
-def test_a_student_that_was_stopped_and_goes_on_is_one_that_was_not(teacher: Path) -> None:
-    whole, parts = settings(teacher, "whole", checkpoint_every=2), settings(teacher, "parts", checkpoint_every=2)
-    distill(whole)
-    halted = parts.model_copy(update={"trainer": parts.trainer.model_copy(update={"checkpoint_every": 2})})
-    from stage2_diffusion import distillation
-
+def test_a_student_that_was_stopped_and_goes_on_is_one_that_was_not(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Halted(distillation.Distillation):
-        def loss(self, batch: Tensor, *beside: Tensor):
+        def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             if self.trainer.global_step == 3:
-                raise KeyboardInterrupt
+                raise RuntimeError("the power is gone")
             return super().loss(batch, *beside)
 
-    with pytest.MonkeyPatch.context() as patch:
+    whole, parts = (settings(teacher, name, checkpoint_every=2) for name in ("whole", "parts"))
+    distill(whole)
+    with monkeypatch.context() as patch:
         patch.setattr(distillation, "Distillation", Halted)
-        with pytest.raises((SystemExit, KeyboardInterrupt)):
-            distill(halted)
-    from shared.run import Run
-
-    saved = read_checkpoint(Run(parts), {"teacher": Generator.from_pretrained(teacher, "cpu").config["sha256"]})
-    assert saved is not None
-    assert saved["global_step"] == 2
-    distill(parts)
-    a, b = (load(Path(c.output) / c.name, "diffusion")[1] for c in (whole, parts))
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            distill(parts)
+    last = Path(parts.output) / parts.name / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    a, b = (load(distill(c), "diffusion")[1] for c in (whole, parts))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
+def test_the_condition_of_samples_is_that_of_paths(teacher: Path) -> None:
+    """A student of a teacher with labels learns what samples are asked for: label 0 of its training."""
+    generator = Generator.from_pretrained(teacher, "cpu")
+    network = {"name": "unet", "width": 8, "multipliers": [1, 1], "blocks": 1, "heads": 1}
+    flow = {"schedule": "flow", "prediction": "velocity", "time": "uniform", "shift": 1.0}
+    torch.manual_seed(0)
+    denoiser = build_denoiser(network, flow, (1, 30, 30), {"orientation": 8})
+    nn.init.normal_(denoiser.backbone.out.weight, std=0.1)  # or else it starts as nothing, whatever the condition
+    labelled = Generator(generator.autoencoder, denoiser, conditions={"orientation": 8})
+    module = distillation.Distillation(settings(teacher, "labelled"), labelled)
+    noise = SeededNoise([1, 2])((1, 30, 30))
+    expected = ab2(
+        lambda x, t: denoiser(x, t, orientations(8)[:1].expand(len(x), -1)), denoiser.schedule, lambda shape: noise,
+        (1, 30, 30), 4,
+    )  # fmt: skip
+    assert torch.allclose(module.paths(noise, 4)[1], expected, atol=1e-5)
+    other = ab2(
+        lambda x, t: denoiser(x, t, orientations(8)[3:4].expand(len(x), -1)), denoiser.schedule, lambda shape: noise,
+        (1, 30, 30), 4,
+    )  # fmt: skip
+    assert not torch.allclose(other, expected, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_users_mistakes_get_one_clear_line(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = teacher.parent
+    publish(home / "first", "autoencoder", {}, {"x": torch.zeros(1)}, "")
+    distill(settings(teacher, "mine"))
+
+    def fails(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["distill", "--output", str(home), "--logger.wandb", "disabled", *arguments])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "there is no such folder" in fails("--teacher", str(home / "teachr"))
+    assert "a model of stage 1; here one of stage 2 is needed" in fails("--teacher", str(home / "first"))
+    assert f"give its teacher, {teacher}" in fails("--teacher", str(home / "mine"))
+    assert "another configuration" in fails("--teacher", str(teacher), "--name", "mine")
+    assert "unknown key" in fails("--techer", str(teacher))
