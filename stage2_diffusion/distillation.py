@@ -108,7 +108,7 @@ class Distillation(StageModule):
     @torch.no_grad()
     def paths(self, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """The teacher's paths from noise (N, c, h, w), as `solve` gives them."""
-        teacher = self.frozen[0].denoiser.to(self.device)
+        teacher = self.frozen[0].denoiser
         return solve(
             self.denoise(teacher), teacher.schedule, lambda shape: noise, noise.shape[1:], times=self.times(steps)
         )  # fmt: skip
@@ -133,13 +133,13 @@ class Distillation(StageModule):
             guess = consistency(self.denoise(shadow), shadow.schedule, lambda shape: noise, noise.shape[1:], 1)
         metrics = {"end_error": float((guess - ends).square().mean())}
         if folder is not None:
-            generator = Generator(
-                teacher.autoencoder.to(self.device), shadow, teacher.precision, None, teacher.conditions
-            )
+            generator = Generator(teacher.autoencoder, shadow, teacher.precision, None, teacher.conditions)
             images = generator.images(range(PREVIEWS), **self.config.sampling.model_dump())
             s, step = self.config.sampling, self.trainer.global_step
             pictures = teacher.autoencoder.transform.unit(images)
-            save_grid(folder / f"{step:07d}.png", pictures, 8, title=f"step {step}: {s.steps} steps of {s.sampler}")
+            save_grid(
+                folder / f"{step:07d}.png", pictures, columns=8, title=f"step {step}: {s.steps} steps of {s.sampler}"
+            )
         shadow.train(was_training)
         return metrics
 

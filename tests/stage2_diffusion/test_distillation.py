@@ -78,9 +78,9 @@ def test_a_student_learns_the_ends_of_paths_and_beats_its_teacher_at_one_step(sc
     process = NoiseSchedule(schedule)
     student, teacher = Denoiser(Tiny(), process, prediction), exact(process, False)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 500)
-    times = process.times(16, shift=3.0)
-    for _ in range(500):
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 400)
+    times = process.times(24, shift=3.0)
+    for _ in range(400):
         states, x_0 = solve(teacher, process, lambda shape: torch.randn(64, *shape), SHAPE, times)
         optimizer.zero_grad()
         end_error(student, process, states, x_0, times[:-1], points=4).mean().backward()
@@ -93,7 +93,7 @@ def test_a_student_learns_the_ends_of_paths_and_beats_its_teacher_at_one_step(sc
             name: float((consistency(denoise, process, lambda shape: noise, SHAPE, 1) - end).square().mean().sqrt())
             for name, denoise in (("student", student), ("teacher", teacher))
         }
-    assert one_step["student"] < 0.05
+    assert one_step["student"] < 0.1
     assert one_step["teacher"] > 0.5  # all that it says of pure noise is the mean
     for steps in (1, 2):
         with torch.no_grad():
@@ -115,7 +115,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {
         "name": "teacher", "output": str(home), "autoencoder": "pixels",
         "data": {"path": str(blobs(home / "blobs")), "batch_size": 8, "augment": "none"},
-        "backbone": {"width": 8, "multipliers": [1, 1], "blocks": 1, "heads": 1}, "trainer": TRAINER, **QUIET,
+        "backbone": {"name": "unet", "width": 8, "multipliers": [1, 1], "blocks": 1, "heads": 1},
+        "trainer": TRAINER, **QUIET,
     }  # fmt: skip
     return train(load_config(Stage2, [], config)).parent
 
@@ -177,20 +178,19 @@ def test_the_condition_of_samples_is_that_of_paths(teacher: Path) -> None:
     flow = {"schedule": "flow", "prediction": "velocity", "time": "uniform", "shift": 1.0}
     torch.manual_seed(0)
     denoiser = build_denoiser(network, flow, (1, 30, 30), {"orientation": 8})
-    nn.init.normal_(denoiser.backbone.out.weight, std=0.1)  # or else it starts as nothing, whatever the condition
+    for parameter in denoiser.parameters():  # or else it starts as nothing, whatever the condition
+        nn.init.normal_(parameter, std=0.1)
     labelled = Generator(generator.autoencoder, denoiser, conditions={"orientation": 8})
     module = distillation.Distillation(settings(teacher, "labelled"), labelled)
     noise = SeededNoise([1, 2])((1, 30, 30))
-    expected = ab2(
-        lambda x, t: denoiser(x, t, orientations(8)[:1].expand(len(x), -1)), denoiser.schedule, lambda shape: noise,
-        (1, 30, 30), 4,
-    )  # fmt: skip
-    assert torch.allclose(module.paths(noise, 4)[1], expected, atol=1e-5)
-    other = ab2(
-        lambda x, t: denoiser(x, t, orientations(8)[3:4].expand(len(x), -1)), denoiser.schedule, lambda shape: noise,
-        (1, 30, 30), 4,
-    )  # fmt: skip
-    assert not torch.allclose(other, expected, atol=1e-3)
+
+    def ends(label: int) -> Tensor:
+        labels = orientations(8)[label].expand(2, -1)
+        return ab2(lambda x, t: denoiser(x, t, labels), denoiser.schedule, lambda shape: noise, (1, 30, 30), 4)
+
+    with torch.no_grad():
+        assert torch.allclose(module.paths(noise, 4)[1], ends(0), atol=1e-4)
+        assert not torch.allclose(ends(3), ends(0), atol=1e-2)
 
 
 @pytest.mark.slow
