@@ -15,6 +15,10 @@ COMMANDS = {
     "simulate": ("shared.simulate.command:main", "simulated lenses -> data/NAME"),
     "train-vqvae": ("stage1_vqvae.train:main", "stage 1; also: python stage1_vqvae/train.py"),
     "train-diffusion": ("stage2_diffusion.train:main", "stage 2; also: python stage2_diffusion/train.py"),
+    "distill": (
+        "stage2_diffusion.distill:main",
+        "few-step student of a model; also: python stage2_diffusion/distill.py",
+    ),
     "sample": ("stage2_diffusion.sample:main", "lenses from a trained model; also: python stage2_diffusion/sample.py"),
     "evaluate-vqvae": ("stage1_vqvae.evaluate:main", "what stage 1 costs; also: python stage1_vqvae/evaluate.py"),
     "evaluate": (

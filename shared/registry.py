@@ -39,6 +39,7 @@ PARTS: dict[str, dict[str, str]] = {
         "ddim": "stage2_diffusion.samplers:ddim",
         "dpmpp": "stage2_diffusion.samplers:dpmpp",
         "ab2": "stage2_diffusion.samplers:ab2",
+        "consistency": "stage2_diffusion.samplers:consistency",
     },
 }
 

@@ -320,7 +320,9 @@ class Diffusion(Block):
 
 
 class Sampling(Block):
-    sampler: Literal["ddpm", "ddim", "dpmpp", "ab2"] = key("ab2", "of previews; published as the default")
+    sampler: Literal["ddpm", "ddim", "dpmpp", "ab2", "consistency"] = key(
+        "ab2", "of previews; published as the default; consistency: for distilled models"
+    )
     steps: int = key(8, "network evaluations a sample", ge=1)
     shift: float = key(3.0, "of the grid of times; above 1: shorter steps at high noise", gt=0)
 
@@ -443,6 +445,26 @@ class Stage2(_Run):
     optimizer: Optimizer = Optimizer()
     ema: EMA = EMA()
     trainer: Trainer = Trainer()
+    logger: Logger = Logger()
+
+
+class Paths(Block):
+    """A teacher's ways from noise to a sample, solved anew at every step; the student learns where they end."""
+
+    batch_size: int = key(16, "paths a step, over all devices", ge=1)
+    steps: int = key(8, "evaluations of the teacher a path", ge=1)
+    points: int = key(3, "points of a path to learn from, of which its start is one", ge=1)
+
+
+class Distill(_Run):
+    """configs/stage2/distill.yaml: a student that samples in one or two evaluations, taught by a trained model of stage 2."""
+
+    data: Paths = Paths()  # type: ignore[assignment]
+    teacher: str = key(..., "folder of a stage-2 run or model, which the student starts from", min_length=1)
+    sampling: Sampling = Sampling(sampler="consistency", steps=2, shift=1.0)
+    optimizer: Optimizer = Optimizer(lr=1e-3, betas=(0.9, 0.95), warmup_steps=20)
+    ema: EMA = EMA(decay=0.99)
+    trainer: Trainer = Trainer(max_steps=600, validate_every=200, checkpoint_every=100)
     logger: Logger = Logger()
 
 

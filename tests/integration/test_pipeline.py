@@ -123,7 +123,7 @@ def test_an_autoencoder_that_predicts_the_variance_of_its_noise_trains_and_is_sc
     assert metrics["physics"]["reconstructions"]["peak"]["w1"] == 0
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "ab2"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "ab2", "consistency"])
 def test_every_sampler_runs_from_the_same_checkpoint(at_home: Path, sampler: str) -> None:
     generator = Generator.from_pretrained("checkpoints/smoke-stage2", "cpu")
     images = generator.images(range(2), sampler=sampler, steps=5)
@@ -249,7 +249,7 @@ def test_a_users_mistakes_get_one_clear_line(at_home: Path, capsys: pytest.Captu
 
 
 def test_a_typo_is_told_before_torch_is_imported(tmp_path: Path) -> None:
-    for script in ("stage1_vqvae/train.py", "stage2_diffusion/train.py"):
+    for script in ("stage1_vqvae/train.py", "stage2_diffusion/train.py", "stage2_diffusion/distill.py"):
         stage = "stage1/vqvae.yaml" if "stage1" in script else "stage2/unet.yaml"
         command = [
             sys.executable,

@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from stage2_diffusion.samplers import SeededNoise, ab2, ddim, ddpm, dpmpp
+from stage2_diffusion.samplers import SeededNoise, ab2, consistency, ddim, ddpm, dpmpp
 from stage2_diffusion.schedule import CURVES, NoiseSchedule
 
 SAMPLERS = [ddim, dpmpp, ab2]
@@ -52,7 +52,7 @@ def test_a_seed_gives_its_noise_wherever_it_stands_in_the_batch():
         assert torch.equal(alone((4, 5, 6))[0], together((4, 5, 6))[1])
 
 
-@pytest.mark.parametrize("sampler", [ddpm, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [ddpm, consistency, *SAMPLERS])
 def test_a_sample_does_not_depend_on_its_batch(sampler):
     schedule = NoiseSchedule("cosine")
     run = lambda seeds: sampler(exact_denoiser(schedule), schedule, SeededNoise(seeds), SHAPE, 10)  # noqa: E731
@@ -168,10 +168,28 @@ def test_the_right_distribution_comes_out(name, sampler, steps, options):
     assert wasserstein(samples) < 0.05  # the floor of 2,000 true draws is 0.01 to 0.03
 
 
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_consistency_keeps_the_distribution_at_any_number_of_steps(name, steps):
+    """Of correlated normal data, whose paths end at mean + S^½ (alpha² S + sigma²)^-½ (x_t - alpha mean)."""
+    schedule = NoiseSchedule(name)
+    mean, covariance = torch.tensor([0.7, -0.4]).double(), torch.tensor([[1.0, 0.6], [0.6, 0.5]]).double()
+    eigenvalues, basis = torch.linalg.eigh(covariance)
+
+    def end(x_t, t):
+        alpha, sigma = (a.flatten(1) for a in schedule(t))
+        scale = (eigenvalues / (alpha**2 * eigenvalues + sigma**2)).sqrt()
+        return (mean + ((x_t.flatten(1) - alpha * mean) @ basis * scale) @ basis.T).reshape(x_t.shape)
+
+    samples = consistency(end, schedule, fixed_noise(20_000), SHAPE, steps).flatten(1)
+    torch.testing.assert_close(samples.mean(0), mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(samples.T.cov(), covariance, rtol=0, atol=0.04)
+
+
 @pytest.mark.parametrize("zero_terminal", [True, False])
 @pytest.mark.parametrize("name", CURVES)
 @pytest.mark.parametrize("steps", [1, 2, 50])
-@pytest.mark.parametrize("sampler", [ddpm, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [ddpm, consistency, *SAMPLERS])
 def test_infinite_log_snr_at_both_ends_does_no_harm(sampler, steps, name, zero_terminal):
     schedule = NoiseSchedule(name, zero_terminal)
     out = sampler(exact_denoiser(schedule), schedule, fixed_noise(2, dtype=torch.float32), SHAPE, steps)
@@ -180,7 +198,7 @@ def test_infinite_log_snr_at_both_ends_does_no_harm(sampler, steps, name, zero_t
     assert out.abs().max() < 4
 
 
-@pytest.mark.parametrize("sampler", [ddpm, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [ddpm, consistency, *SAMPLERS])
 def test_one_step_from_pure_noise_is_the_estimate_itself(sampler):
     schedule = NoiseSchedule("flow")
     out = sampler(exact_denoiser(schedule), schedule, fixed_noise(3), SHAPE, 1)
@@ -310,7 +328,7 @@ def test_flow_against_diffusers(shift):
 # ------------------------------------------------------------------------------------------------- manners
 
 
-@pytest.mark.parametrize("sampler", [ddpm, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [ddpm, consistency, *SAMPLERS])
 def test_on_step_sees_every_state_and_estimate(sampler):
     schedule, seen = NoiseSchedule("sigmoid"), []
     denoise = exact_denoiser(schedule)
@@ -322,7 +340,7 @@ def test_on_step_sees_every_state_and_estimate(sampler):
     assert torch.equal(seen[0][2], fixed_noise(2)(SHAPE))
 
 
-@pytest.mark.parametrize("sampler", [ddpm, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [ddpm, consistency, *SAMPLERS])
 def test_times_that_do_not_fall_are_refused(sampler):
     schedule = NoiseSchedule("flow")
     with pytest.raises(ValueError, match="fall at every step"):
