@@ -16,6 +16,7 @@ COMMANDS = {
     "train-vqvae": ("stage1_vqvae.train:main", "stage 1; also: python stage1_vqvae/train.py"),
     "train-diffusion": ("stage2_diffusion.train:main", "stage 2; also: python stage2_diffusion/train.py"),
     "sample": ("stage2_diffusion.sample:main", "lenses from a trained model; also: python stage2_diffusion/sample.py"),
+    "tune-grid": ("stage2_diffusion.grids:main", "a few evaluations made the most of: times fitted to a trained model"),
     "evaluate-vqvae": ("stage1_vqvae.evaluate:main", "what stage 1 costs; also: python stage1_vqvae/evaluate.py"),
     "evaluate": (
         "stage2_diffusion.evaluate:main",
