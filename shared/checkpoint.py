@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shared.autoencoder import Autoencoder, Pixels
-from shared.data.normalise import PixelTransform
 from shared.config import merge
+from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.files import sha256, write_atomically
 from shared.registry import build

@@ -51,7 +51,9 @@ class DiffusionModule(StageModule):
         was_training = shadow.training
         shadow.eval()
         metrics, sampling = {}, self.config.sampling.model_dump()
-        generator = Generator(self.frozen[0].to(self.device), shadow, self.sampling_precision, sampling, self.conditions)
+        generator = Generator(
+            self.frozen[0].to(self.device), shadow, self.sampling_precision, sampling, self.conditions
+        )
         with torch.random.fork_rng(devices=[]), self.trainer.precision_plugin.forward_context():
             x_0 = self.held_out.to(self.device)
             cond = generator.condition(len(x_0))

@@ -106,7 +106,7 @@ def test_an_autoencoder_that_predicts_the_variance_of_its_noise_trains_and_is_sc
     assert metrics["physics"]["reconstructions"]["peak"]["w1"] == 0
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "ab2"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "dpmpp3", "unipc", "heun", "ab2", "ab3"])
 def test_every_sampler_runs_from_the_same_checkpoint(at_home: Path, sampler: str) -> None:
     generator = Generator.from_pretrained("checkpoints/smoke-stage2", "cpu")
     images = generator.images(range(2), sampler=sampler, steps=5)

@@ -144,7 +144,7 @@ def mixture() -> Generator:
 def test_a_fitted_grid_ends_nearer_to_the_solution_than_even_ones(mixture, sampler):
     tuned = tune(mixture, sampler, 4)
     assert tuned.errors.keys() == {"shift 1", "shift 3", "fitted"}
-    assert tuned.errors["fitted"] < 0.8 * min(tuned.errors["shift 1"], tuned.errors["shift 3"])
+    assert tuned.errors["fitted"] < 0.9 * min(tuned.errors["shift 1"], tuned.errors["shift 3"])
     assert len(tuned.times) == 5
     assert tuned.times[0] == 1
     assert tuned.times[-1] == 0
@@ -153,29 +153,18 @@ def test_a_fitted_grid_ends_nearer_to_the_solution_than_even_ones(mixture, sampl
     seeds = range(2**31, 2**31 + 64)
     fine = np.linspace(1, 0, 65)
     ends = []
-    for name, times in ((sampler, tuned.times), ("ab2", mixture.denoiser.schedule.time_at(torch.from_numpy(fine)))):
+    for name, times in ((sampler, tuned.times), ("unipc", mixture.denoiser.schedule.time_at(torch.from_numpy(fine)))):
         times = [1.0, *list(map(float, times))[1:-1], 0.0]
         ends.append(torch.cat([x for _, x in mixture.sample(seeds, sampler=name, times=times, latents=True)]))
     error = (ends[0] - ends[1]).double().square().flatten(1).mean(1).sqrt()
-    assert tuned.errors["fitted"] == pytest.approx(float(np.median(error)), rel=0.02)
-
-
-def test_the_last_evaluation_can_be_held(mixture):
-    tuned = tune(mixture, "ab2", 4, last=0.3)
-    schedule = mixture.denoiser.schedule
-    assert float(schedule.c(torch.tensor(tuned.times[-2], dtype=torch.float64))) == pytest.approx(0.3, abs=1e-5)
-    assert tuned.errors["fitted"] < min(tuned.errors["shift 1"], tuned.errors["shift 3"])
+    assert tuned.errors["fitted"] == pytest.approx(error.log().mean().exp().item(), rel=0.02)
 
 
 def test_what_has_no_grid_to_fit_is_refused(mixture):
     with pytest.raises(UserError, match="draws noise at every step"):
         tune(mixture, "ddpm", 4)
-    with pytest.raises(UserError, match="1 evaluations leave no time to choose"):
+    with pytest.raises(UserError, match="no time to choose"):
         tune(mixture, "ab2", 1)
-    with pytest.raises(UserError, match="2 evaluations leave no time to choose"):
-        tune(mixture, "ab2", 2, last=0.2)
-    with pytest.raises(UserError, match="above 0 and below 1, not 1"):
-        tune(mixture, "ab2", 4, last=1.0)
     for sampling in ({"sampler": "ddpm", "tune": [4]}, {"sampler": "ddim", "eta": 0.5, "tune": [4]}):
         with pytest.raises(ValueError, match="draws no noise on the way"):
             Sampling(**sampling)
@@ -214,7 +203,7 @@ def test_a_model_stays_whole_when_its_config_cannot_be_written(published, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="cannot write .*config.json: No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*config\.json: No space left"):
         amend(published, "diffusion", {"sampling": {"steps": 5}})
     assert (published / "config.json").read_bytes() == before
     assert {file.name for file in published.iterdir()} == {"config.json", "model.safetensors", "README.md"}
