@@ -160,11 +160,31 @@ def test_a_fitted_grid_ends_nearer_to_the_solution_than_even_ones(mixture, sampl
     assert tuned.errors["fitted"] == pytest.approx(error.log().mean().exp().item(), rel=0.02)
 
 
+def test_the_last_evaluation_can_be_held(mixture):
+    """What the exact denoiser says at c = 0.3 is not where the ODE ends, and the even grids go nearer to that."""
+    tuned = tune(mixture, "dpmpp", 5, last=0.3)
+    schedule = mixture.denoiser.schedule
+    c = schedule.c(torch.tensor(tuned.times, dtype=torch.float64))
+    assert float(c[-2]) == pytest.approx(0.3, abs=1e-5)
+    even = [1.0, *schedule.time_at(torch.linspace(1, 0.3, 5, dtype=torch.float64))[1:].tolist(), 0.0]
+    fine = [1.0, *schedule.time_at(torch.linspace(1, 0.3, 200, dtype=torch.float64))[1:].tolist(), 0.0]
+    seeds = range(2**31, 2**31 + 64)
+    ends = [torch.cat([x for _, x in mixture.sample(seeds, sampler="dpmpp", times=times, latents=True)])
+            for times in (fine, even, tuned.times)]  # fmt: skip
+    errors = [(end - ends[0]).double().square().flatten(1).mean(1).log().mean().exp().sqrt() for end in ends[1:]]
+    assert errors[1] < 0.95 * errors[0]
+    assert tuned.errors["fitted"] == pytest.approx(float(errors[1]), rel=0.1)
+
+
 def test_what_has_no_grid_to_fit_is_refused(mixture):
     with pytest.raises(UserError, match="draws noise at every step"):
         tune(mixture, "ddpm", 4)
-    with pytest.raises(UserError, match="no time to choose"):
+    with pytest.raises(UserError, match="1 evaluations leaves no time to choose"):
         tune(mixture, "ab2", 1)
+    with pytest.raises(UserError, match="2 evaluations leaves no time to choose"):
+        tune(mixture, "ab2", 2, last=0.2)
+    with pytest.raises(UserError, match="above 0 and below 1, not 1"):
+        tune(mixture, "ab2", 4, last=1.0)
     for sampling in ({"sampler": "ddpm", "tune": [4]}, {"sampler": "ddim", "eta": 0.5, "tune": [4]}):
         with pytest.raises(ValueError, match="draws no noise on the way"):
             Sampling(**sampling)
