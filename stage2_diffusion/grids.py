@@ -58,7 +58,6 @@ def tune(generator: Generator, sampler: str, steps: int, *, count: int = 64, las
         raise UserError(f"a grid of {steps} evaluations leaves no time to choose: take more")
     schedule = generator.denoiser.schedule
     c_max = float(schedule.c(torch.tensor(schedule.t_max, dtype=torch.float64)))
-
     if last is not None and not 0 < last < c_max:
         raise UserError(f"the share of noise at the last evaluation is above 0 and below {c_max:.3g}, not {last:g}")
 

@@ -128,7 +128,23 @@ def test_clean_and_observed_differ_by_pixel_noise_alone(at_home: Path) -> None:
         ("dit", ["--backbone.name", "dit", "--backbone.width", "16", "--backbone.depth", "1", "--backbone.heads", "2"]),
         ("ddpm", ["--diffusion.schedule", "linear", "--diffusion.prediction", "eps", "--diffusion.time", "uniform"]),
         ("vpred", ["--diffusion.schedule", "cosine", "--diffusion.prediction", "v", "--sampling.sampler", "dpmpp"]),
-        ("x0", ["--diffusion.schedule", "sigmoid", "--diffusion.prediction", "x0", "--sampling.sampler", "ddim"]),
+        (
+            "x0",
+            [
+                "--diffusion.schedule",
+                "sigmoid",
+                "--diffusion.prediction",
+                "x0",
+                "--sampling.sampler",
+                "ddim",
+                "--diffusion.weighting",
+                "min_snr",
+                "--sampling.tune",
+                "[2]",
+                "--sampling.steps",
+                "2",
+            ],
+        ),
     ],
 )
 def test_other_backbones_and_objectives_are_a_word_away(at_home: Path, name: str, options: list[str]) -> None:
@@ -136,8 +152,9 @@ def test_other_backbones_and_objectives_are_a_word_away(at_home: Path, name: str
     common += ["--autoencoder", "checkpoints/smoke-stage1", "--logger.wandb", "disabled", "--trainer.max_steps", "3"]
     small = [] if name == "dit" else ["--backbone.width", "8", "--backbone.blocks", "1", "--backbone.heads", "1"]
     main(["train-diffusion", *common, *small, *options])
-    images = Generator.from_pretrained(f"checkpoints/{name}", "cpu").images(range(2), steps=3)
-    assert torch.isfinite(images).all()
+    generator = Generator.from_pretrained(f"checkpoints/{name}", "cpu")
+    assert torch.isfinite(generator.images(range(2), steps=3)).all()
+    assert (generator.settings()["times"] is not None) == ("--sampling.tune" in options)  # fitted before publishing
 
 
 def test_diffusion_on_pixels_is_the_same_code(at_home: Path) -> None:

@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
+from stage2_diffusion import samplers
 from stage2_diffusion.samplers import SeededNoise, ab2, ab3, ddim, ddpm, dpmpp, dpmpp3, heun, unipc
 from stage2_diffusion.schedule import CURVES, NoiseSchedule
 
@@ -344,6 +345,42 @@ def test_unipc_against_diffusers(name, steps, sampler, order, corrected):
     expected = walk(oracle, start, times)
     out = sampler(arbitrary_denoiser, schedule, fixed_noise(3, dtype=torch.float32), SHAPE, times=grid)
     torch.testing.assert_close(out, expected, rtol=0, atol=5e-5)
+
+
+def test_the_third_order_against_that_of_diffusers_and_lu_et_al(monkeypatch):
+    """Theirs is ours with half the bend of the parabola, and of second order."""
+    exact = samplers._mean
+
+    def halved(value, nodes, moments):
+        if len(nodes) < 2:
+            return exact(value, nodes, moments)
+        (a, f), (b, g) = nodes
+        bend = ((g - value) / b - (f - value) / a) / (b - a)
+        return exact(value, nodes, moments) - moments[1] * bend / 2
+
+    monkeypatch.setattr(samplers, "_mean", halved)
+    schedule = NoiseSchedule("cosine", zero_terminal=False)
+    betas, times = discrete(schedule)
+    oracle = DPMSolverMultistepScheduler(
+        trained_betas=betas,
+        prediction_type="sample",
+        algorithm_type="dpmsolver++",
+        solver_order=3,
+        final_sigmas_type="zero",
+        timestep_spacing="leading",
+    )
+    oracle.set_timesteps(8)
+    grid = torch.cat([times[oracle.timesteps], torch.zeros(1, dtype=torch.float64)])
+    start = schedule(grid[:1])[1].float() * fixed_noise(3, dtype=torch.float32)(SHAPE)
+    expected = walk(oracle, start, times)
+    out = dpmpp3(arbitrary_denoiser, schedule, fixed_noise(3, dtype=torch.float32), SHAPE, times=grid)
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+
+    coarse, fine = (
+        error(dpmpp3, NoiseSchedule("cosine"), 0, solution("cosine"), even_in_log_snr(NoiseSchedule("cosine"), n))
+        for n in (30, 120)
+    )
+    assert math.log(coarse / fine, 4) == pytest.approx(2, abs=0.25)
 
 
 @pytest.mark.parametrize("steps", [3, 9])
