@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shared.autoencoder import Autoencoder, Pixels
+from shared.config import merge
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
-from shared.files import sha256
+from shared.files import sha256, write_atomically
 from shared.registry import build
 
 FORMAT = 1
@@ -54,6 +55,16 @@ def publish(folder: Path, kind: str, config: dict[str, Any], state: dict[str, Te
         raise UserError(
             f"cannot write the model {folder}: {getattr(error, 'strerror', None) or error}; the same command tries again"
         ) from error
+
+
+def amend(path: str | Path, kind: str, changes: dict[str, Any]) -> None:
+    """Merge `changes`, block by block, into the config.json of a published model; its weights and their hash stay."""
+    file = find_model(path) / "config.json"
+    full = merge(read_config(path, kind), changes)
+    try:
+        write_atomically(file, (json.dumps(full, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
 
 
 def find_model(path: str | Path) -> Path:

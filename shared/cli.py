@@ -20,6 +20,7 @@ COMMANDS = {
         "few-step student of a model; also: python stage2_diffusion/distill.py",
     ),
     "sample": ("stage2_diffusion.sample:main", "lenses from a trained model; also: python stage2_diffusion/sample.py"),
+    "tune-grid": ("stage2_diffusion.grids:main", "a few evaluations made the most of: times fitted to a trained model"),
     "evaluate-vqvae": ("stage1_vqvae.evaluate:main", "what stage 1 costs; also: python stage1_vqvae/evaluate.py"),
     "evaluate": (
         "stage2_diffusion.evaluate:main",

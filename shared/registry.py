@@ -38,7 +38,11 @@ PARTS: dict[str, dict[str, str]] = {
         "ddpm": "stage2_diffusion.samplers:ddpm",
         "ddim": "stage2_diffusion.samplers:ddim",
         "dpmpp": "stage2_diffusion.samplers:dpmpp",
+        "dpmpp3": "stage2_diffusion.samplers:dpmpp3",
+        "unipc": "stage2_diffusion.samplers:unipc",
+        "heun": "stage2_diffusion.samplers:heun",
         "ab2": "stage2_diffusion.samplers:ab2",
+        "ab3": "stage2_diffusion.samplers:ab3",
         "consistency": "stage2_diffusion.samplers:consistency",
     },
 }

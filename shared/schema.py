@@ -309,7 +309,19 @@ class Diffusion(Block):
     schedule: Literal["linear", "cosine", "sigmoid", "flow"] = key("flow", "how data becomes noise: alpha(t), sigma(t)")
     prediction: Literal["eps", "x0", "v", "velocity"] = key("velocity", "what the network is asked for")
     time: Literal["uniform", "logit_normal"] = key("logit_normal", "how training draws t")
+    time_mean: float = key(0.0, "of logit(t), for logit_normal: below 0 trains more at low noise")
+    time_std: float = key(1.0, "of logit(t), for logit_normal", gt=0)
     shift: float = key(1.0, "of sigma/alpha; above 1: more of training and sampling at high noise", gt=0)
+    weighting: Literal["uniform", "min_snr"] = key("uniform", "of the loss over t, whatever is predicted")
+    gamma: float = key(5.0, "of min_snr: the signal-to-noise ratio from which on no error of x_0 counts more", gt=0)
+    zero_terminal: bool | None = key(None, "t reaches pure noise; null: unless eps is predicted, which needs false")
+
+    @field_validator("zero_terminal")
+    @classmethod
+    def _noise_holds_data(cls, zero_terminal: bool | None, info: ValidationInfo) -> bool | None:
+        impossible = zero_terminal and info.data.get("prediction") == "eps" and info.data.get("schedule") != "linear"
+        what = "eps cannot start from pure noise: set false, or predict v, x0 or velocity"
+        return _check(zero_terminal, not impossible, what)
 
     @field_validator("prediction")
     @classmethod
@@ -320,11 +332,27 @@ class Diffusion(Block):
 
 
 class Sampling(Block):
-    sampler: Literal["ddpm", "ddim", "dpmpp", "ab2", "consistency"] = key(
+    sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp3", "unipc", "heun", "ab2", "ab3", "consistency"] = key(
         "ab2", "of previews; published as the default; consistency: for distilled models"
     )
     steps: int = key(8, "network evaluations a sample", ge=1)
     shift: float = key(3.0, "of the grid of times; above 1: shorter steps at high noise", gt=0)
+    eta: float = key(0.0, "of ddim: 0 adds no noise, 1 as much as ddpm", ge=0, le=1)
+    tune: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Strict(False)] = key(
+        (), "after training, fit the grid of the sampler for each of these numbers of evaluations"
+    )
+
+    @field_validator("eta")
+    @classmethod
+    def _of_ddim(cls, eta: float, info: ValidationInfo) -> float:
+        sampler = info.data.get("sampler", "ddim")
+        return _check(eta, eta == 0 or sampler == "ddim", f"above 0 is for sampler ddim, not {sampler}")
+
+    @field_validator("tune")
+    @classmethod
+    def _follows_the_ode(cls, tune: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        fine = not tune or (info.data.get("sampler") != "ddpm" and not info.data.get("eta"))
+        return _check(tune, fine, "needs a sampler that draws no noise on the way: not ddpm, nor eta above 0")
 
 
 # --- both stages ------------------------------------------------------------------------------------------------------

@@ -38,6 +38,27 @@ def to_x0(prediction: str, out: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tenso
     raise ValueError(f"unknown prediction {prediction!r}; one of eps, x0, v, velocity")
 
 
+def min_snr(prediction: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
+    """Min-SNR weight of a squared error in the prediction's own space, the shape of alpha (Hang et al. 2023, Eq. 8).
+
+    In x_0 it is min(SNR, gamma) with SNR = (alpha / sigma)². Elsewhere an error counts by what it does to x_0, the
+    square of d x_0 / d out in `to_x0`: so eps has min(SNR, gamma) / SNR, and v, where alpha² + sigma² = 1,
+    min(SNR, gamma) / (SNR + 1).
+    """
+    match prediction:
+        case "eps":
+            slope = sigma / alpha
+        case "x0":
+            slope = torch.ones_like(sigma)
+        case "v":
+            slope = sigma / (alpha**2 + sigma**2)
+        case "velocity":
+            slope = sigma
+        case _:
+            raise ValueError(f"unknown prediction {prediction!r}; one of eps, x0, v, velocity")
+    return (alpha / sigma).square().clamp(max=gamma) * slope**2
+
+
 class Denoiser(nn.Module):
     """backbone(x_t, t, cond) made into D(x_t, t, cond) -> x_0.
 
@@ -45,7 +66,9 @@ class Denoiser(nn.Module):
                        `cond_dim`, the width of what it receives: the condition, and a flag that says it is there
     prediction         eps | x0 | v | velocity (flow only); see `target`
     time_distribution  of training: uniform, or logit_normal with the given mean and deviation (Esser et al. 2024,
-                       §3.1); over 0 ... schedule.t_max, before the schedule's shift
+                       §3.1); over 0 ... schedule.t_max, before the schedule's shift. On the flow schedule logit_normal
+                       is EDM's log-normal sigma / alpha, of the same mean and deviation (Karras et al. 2022, Table 1)
+    weighting          of the loss: uniform, or min_snr with gamma; see `min_snr`
     cond_dropout       share of samples that lose their condition in `loss`, in training mode
     """
 
@@ -58,12 +81,16 @@ class Denoiser(nn.Module):
         time_mean: float = 0.0,
         time_std: float = 1.0,
         cond_dropout: float = 0.1,
+        weighting: str = "uniform",
+        gamma: float = 5.0,
     ):
         super().__init__()
         if prediction not in ("eps", "x0", "v", "velocity"):
             raise ValueError(f"unknown prediction {prediction!r}; one of eps, x0, v, velocity")
         if time_distribution not in ("uniform", "logit_normal"):
             raise ValueError(f"unknown time distribution {time_distribution!r}; one of uniform, logit_normal")
+        if weighting not in ("uniform", "min_snr"):
+            raise ValueError(f"unknown weighting {weighting!r}; one of uniform, min_snr")
         if prediction == "velocity" and schedule.name != "flow":
             raise ValueError(f"prediction velocity needs schedule flow, got {schedule.name}; eps, x0 and v go with any")
         alpha, _ = schedule(torch.tensor([schedule.t_max]))
@@ -74,7 +101,7 @@ class Denoiser(nn.Module):
             )
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
         self.time_distribution, self.time_mean, self.time_std = time_distribution, time_mean, time_std
-        self.cond_dropout = cond_dropout
+        self.cond_dropout, self.weighting, self.gamma = cond_dropout, weighting, gamma
         self.cond_dim = max(getattr(backbone, "cond_dim", 0) - 1, 0)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -84,7 +111,7 @@ class Denoiser(nn.Module):
         return to_x0(self.prediction, out, x_t.float(), alpha, sigma)
 
     def loss(self, x_0: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Mean squared error in the prediction's own space: (N,) for x_0 (N, c, h, w), cond (N, d) or None.
+        """Weighted mean squared error in the prediction's own space: (N,) for x_0 (N, c, h, w), cond (N, d) or None.
 
         Times, noise and dropped conditions come from torch's global generator.
         """
@@ -96,7 +123,10 @@ class Denoiser(nn.Module):
         if cond is not None and self.training:
             keep = torch.rand(len(x_0), 1, device=x_0.device) >= self.cond_dropout
         out = self.backbone(alpha * x_0 + sigma * eps, t, self._flagged(cond, x_0, keep)).float()
-        return (out - target(self.prediction, x_0, eps, alpha, sigma)).square().flatten(1).mean(1)
+        error = (out - target(self.prediction, x_0, eps, alpha, sigma)).square().flatten(1).mean(1)
+        if self.weighting == "min_snr":
+            error = error * min_snr(self.prediction, alpha, sigma, self.gamma).flatten()
+        return error
 
     def _draw_times(self, n: int, device: torch.device) -> Tensor:
         """(N,): one from each n-th of the distribution, in random order, which quiets the mean loss of a batch."""

@@ -101,7 +101,7 @@ def read_samples(path: Path, count: int, generator: Generator) -> tuple[Tensor, 
         raise UserError(f"{path} holds clean images, which real ones are not: draw the samples without --clean")
     if len(images) < count:
         raise UserError(f"{path} holds {len(images)} samples, {count} are to be scored: draw more, or lower --count")
-    return torch.from_numpy(images[:count]), {k: metadata[k] for k in (*SETTINGS, "lenses_per_second")}
+    return torch.from_numpy(images[:count]), {k: metadata.get(k) for k in (*SETTINGS, "times", "lenses_per_second")}
 
 
 def evaluate(
@@ -138,9 +138,10 @@ def report(
     """The one-file report: pictures first, then the curves, then the numbers and how they came about."""
     n, transform = metrics["n"], PixelTransform.from_config(metrics)
     config, sampling = generator.config, metrics["sampling"]
+    grid_of_times = "a grid fitted to the model" if sampling["times"] else f"shift {sampling['shift']:g}"
     page = Report(
         f"lens-ldm: {config['training']['name']}",
-        f"{n} samples, {sampling['steps']} steps of {sampling['sampler']} (shift {sampling['shift']:g}), beside {n} real "
+        f"{n} samples, {sampling['steps']} steps of {sampling['sampler']} ({grid_of_times}), beside {n} real "
         f"images of the test split of {metrics['reference']}. All pictures are on one scale, {transform.low:g} to "
         f"{transform.high:g}, {transform.stretched}.",
     )

@@ -5,7 +5,7 @@ for seeds, images in generator.sample(range(64)):
     ...
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shared.autoencoder import Autoencoder
 from shared.checkpoint import build_autoencoder, fill, load
+from shared.errors import UserError
 from shared.precision import autocast, choose_device
 from shared.registry import build, resolve
 from stage2_diffusion import custom
@@ -29,7 +30,8 @@ class Generator:
     """An autoencoder and a denoiser of its latents, ready to sample.
 
     precision   bf16 or fp32, as in training
-    defaults    sampler, steps and shift that `sample` uses when it is not told
+    defaults    sampler, steps, shift and eta that `sample` uses when it is not told; `grids`, {sampler: {steps: times}},
+                those that `lens-ldm tune-grid` has fitted to the model
     conditions  what the denoiser's condition is made of, {name: width}, side by side. `orientation` says how a training
                 image was turned; samples are always asked for as the data have them, so that no turn leaks into them
                 (Karras et al. 2022, arXiv 2206.00364, §F.2)
@@ -44,7 +46,7 @@ class Generator:
         conditions: dict[str, int] | None = None,
     ) -> None:
         self.autoencoder, self.denoiser, self.precision = autoencoder.eval(), denoiser.eval(), precision
-        self.defaults = {"sampler": "ddim", "steps": 50, "shift": 1.0, **(defaults or {})}
+        self.defaults = {"sampler": "ddim", "steps": 50, "shift": 1.0, "eta": 0.0, "grids": {}, **(defaults or {})}
         self.conditions = conditions or {}
         self.config: dict[str, Any] = {}
 
@@ -81,6 +83,30 @@ class Generator:
     def device(self) -> torch.device:
         return self.autoencoder.latent_mean.device
 
+    def settings(
+        self,
+        sampler: str | None = None,
+        steps: int | None = None,
+        shift: float | None = None,
+        eta: float | None = None,
+        times: Sequence[float] | None = None,
+    ) -> dict[str, Any]:
+        """What `sample` makes of these, under their names: the model's own for those that are None.
+
+        One of shift and times is None: a grid comes of either. Without both it is the model's fitted grid, if it has one
+        for this sampler and number of steps.
+        """
+        sampler, steps = sampler or self.defaults["sampler"], steps or self.defaults["steps"]
+        if eta and sampler != "ddim":
+            raise UserError(f"eta is for sampler ddim, {sampler} takes none: leave it out, or take ddim")
+        if eta is None:
+            eta = self.defaults["eta"] if sampler == "ddim" else 0.0
+        if times is None and shift is None and eta == 0:
+            times = self.defaults["grids"].get(sampler, {}).get(str(steps))
+        if times is not None:
+            return {"sampler": sampler, "steps": len(times) - 1, "shift": None, "eta": eta, "times": list(times)}
+        return {"sampler": sampler, "steps": steps, "shift": shift or self.defaults["shift"], "eta": eta, "times": None}
+
     @torch.no_grad()
     def sample(
         self,
@@ -90,7 +116,10 @@ class Generator:
         sampler: str | None = None,
         steps: int | None = None,
         shift: float | None = None,
+        eta: float | None = None,
+        times: Sequence[float] | None = None,
         observed: bool = True,
+        latents: bool = False,
         batch_size: int = 64,
         **options: Any,
     ) -> Iterator[tuple[list[int], Tensor]]:
@@ -100,14 +129,20 @@ class Generator:
 
         cond      (len(seeds), d) or None: the conditions beside `orientation`
         shift     of the grid of times; above 1: shorter steps at high noise
+        eta       of `ddim`
+        times     another grid, falling from `t_max` of the schedule to 0; see `settings`
         observed  False: the clean light, without pixel noise
-        options   of the sampler, such as eta for `ddim`, or times, another grid
+        latents   True: yield the latents, not decoded
+        options   of the sampler
         """
-        run = resolve("sampler", sampler or self.defaults["sampler"])
-        steps = steps or self.defaults["steps"]
-        shift = shift or self.defaults["shift"]
-        if shift != 1:  # or else the sampler's own grid
-            options = {"times": self.denoiser.schedule.times(steps, shift), **options}
+        how = self.settings(sampler, steps, shift, eta, times)
+        run, steps = resolve("sampler", how["sampler"]), how["steps"]
+        if how["times"] is not None:
+            options["times"] = torch.tensor(how["times"], dtype=torch.float64)
+        elif how["shift"] != 1:  # or else the sampler's own grid
+            options["times"] = self.denoiser.schedule.times(steps, how["shift"])
+        if how["eta"]:
+            options["eta"] = how["eta"]
         remaining, done = iter(seeds), 0
         while chunk := list(islice(remaining, batch_size)):
             conditions = self.condition(len(chunk), None if cond is None else cond[done : done + len(chunk)])
@@ -118,9 +153,9 @@ class Generator:
 
             with autocast(self.device, self.precision):
                 noise = SeededNoise(chunk, self.device, stream=LATENT_NOISE)
-                latents = run(denoise, self.denoiser.schedule, noise, self.autoencoder.latent_shape, steps, **options)
+                x_0 = run(denoise, self.denoiser.schedule, noise, self.autoencoder.latent_shape, steps, **options)
                 pixel_noise = SeededNoise(chunk, self.device, stream=PIXEL_NOISE).generators
-                images = self.autoencoder.decode(latents, observed=observed, generator=pixel_noise)
+                images = x_0 if latents else self.autoencoder.decode(x_0, observed=observed, generator=pixel_noise)
             yield chunk, images.float()
 
     def condition(self, n: int, cond: Tensor | None = None) -> Tensor | None:
@@ -158,10 +193,13 @@ def build_denoiser(
     conditions: dict[str, int] | None = None,
 ) -> Denoiser:
     """The `backbone` and `diffusion` blocks of a config -> a denoiser of latents of that shape, under these conditions."""
-    d = diffusion
-    # eps is asked what noise hid x_0, and from pure noise there is no answer: its schedule stops short of it.
-    schedule = NoiseSchedule(d["schedule"], zero_terminal=d["prediction"] != "eps", shift=d["shift"])
+    d = {"zero_terminal": None, **diffusion}  # models from before a key was there have its default
+    if d["zero_terminal"] is None:
+        # eps is asked what noise hid x_0, and from pure noise there is no answer: its schedule stops short of it.
+        d["zero_terminal"] = d["prediction"] != "eps"
+    schedule = NoiseSchedule(d["schedule"], zero_terminal=d["zero_terminal"], shift=d["shift"])
+    training = {key: d[key] for key in ("time_mean", "time_std", "weighting", "gamma") if key in d}
     width = sum((conditions or {}).values())
     network = build("backbone", backbone, latent_shape=latent_shape, cond_dim=width + 1 if width else 0)  # + its flag
     # How an image was turned is told for every image: a sample that may come out turned is what the label is against.
-    return Denoiser(network, schedule, d["prediction"], d["time"], cond_dropout=0.0)
+    return Denoiser(network, schedule, d["prediction"], d["time"], cond_dropout=0.0, **training)

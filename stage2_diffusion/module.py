@@ -50,8 +50,10 @@ class DiffusionModule(StageModule):
         shadow: Denoiser = self.shadow  # type: ignore[assignment]
         was_training = shadow.training
         shadow.eval()
-        metrics = {}
-        generator = Generator(self.frozen[0].to(self.device), shadow, self.sampling_precision, None, self.conditions)
+        metrics, sampling = {}, self.config.sampling.model_dump()
+        generator = Generator(
+            self.frozen[0].to(self.device), shadow, self.sampling_precision, sampling, self.conditions
+        )
         with torch.random.fork_rng(devices=[]), self.trainer.precision_plugin.forward_context():
             x_0 = self.held_out.to(self.device)
             cond = generator.condition(len(x_0))
@@ -63,7 +65,7 @@ class DiffusionModule(StageModule):
                 metrics[f"x0_error_t{(k + 0.5) / LEVELS:.2f}"] = float(error)
         metrics["x0_error"] = sum(metrics.values()) / LEVELS
         if folder is not None:
-            images = generator.images(range(PREVIEWS), **self.config.sampling.model_dump())
+            images = generator.images(range(PREVIEWS))
             title = (
                 f"step {self.trainer.global_step}: {self.config.sampling.steps} steps of {self.config.sampling.sampler}"
             )

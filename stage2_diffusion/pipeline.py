@@ -19,7 +19,8 @@ from shared.run import Run, is_main_process
 from shared.schema import Custom, Stage2
 from shared.training import fit
 from stage2_diffusion.custom import trust
-from stage2_diffusion.generator import build_denoiser, orientations
+from stage2_diffusion.generator import Generator, build_denoiser, orientations
+from stage2_diffusion.grids import tune
 from stage2_diffusion.module import DiffusionModule
 
 HELD_OUT = 256  # validation images whose latents are watched
@@ -126,14 +127,18 @@ def finish(
     made_from: dict[str, str],
 ) -> None:
     """Publish the shadow network with the autoencoder it belongs to: one path is enough to sample."""
-    config = to_dict(module.config)
+    config, sampling = to_dict(module.config), module.config.sampling
+    # Before the model is published: a run that is stopped here has all that it needs to do this again.
+    generator = Generator(autoencoder, module.shadow, precision, sampling.model_dump(), module.conditions)
+    generator.to("cpu" if module.config.trainer.accelerator == "cpu" else "auto")
+    fitted = {str(steps): tune(generator, sampling.sampler, steps).times for steps in sampling.tune}
     state = {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
     state |= {f"denoiser.{k}": v for k, v in module.shadow.state_dict().items()}
     published = {
         "autoencoder": autoencoder_config,
         "backbone": config["backbone"],
         "diffusion": config["diffusion"],
-        "sampling": config["sampling"],
+        "sampling": config["sampling"] | {"grids": {sampling.sampler: fitted} if fitted else {}},
         "conditions": module.conditions,
         "precision": precision,
         "data": {"name": images.name, "images": len(images.split("train"))},

@@ -31,7 +31,7 @@ from shared.report import save_grid
 from stage2_diffusion.generator import Generator
 
 SHOWN = 64
-SETTINGS = ("sampler", "steps", "shift")  # of sampling; a model has its own defaults
+SETTINGS = ("sampler", "steps", "shift", "eta")  # of sampling; a model has its own defaults
 SEEDS = 2**32  # what torch's CPU generator tells apart
 
 
@@ -70,6 +70,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, help="evaluations of the network a lens (default: the model's)")
     parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
     parser.add_argument("--shift", type=above_zero, help="of the grid of times; above 1: shorter steps at high noise")
+    parser.add_argument("--eta", type=share, help="of ddim: 0 adds no noise on the way, 1 as much as ddpm")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
     parser.add_argument(
         "--trust", metavar="PACKAGE", help="whose code on this machine a model may run for its backbone"
@@ -77,8 +78,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_settings(options: argparse.Namespace, generator: Generator) -> dict[str, Any]:
-    """SETTINGS as given, or else the model's own."""
-    return {key: getattr(options, key) or generator.defaults[key] for key in SETTINGS}
+    """SETTINGS as given, or else the model's own; `times` is its fitted grid where that is used."""
+    return generator.settings(**{key: getattr(options, key) for key in SETTINGS})
 
 
 def seed_range(first: int, count: int) -> range:
@@ -117,13 +118,24 @@ def save_samples(folder: Path, images: Tensor, seeds: range, metadata: dict[str,
 
 
 def above_zero(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = _number(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
+
+
+def share(text: str) -> float:
+    number = _number(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 if __name__ == "__main__":

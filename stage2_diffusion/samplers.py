@@ -110,17 +110,74 @@ def dpmpp(
 
     First order where the log-SNR is infinite: a step from pure noise, the one after it, and the one to sigma = 0.
     """
+    return _exponential(denoise, schedule, noise, shape, steps, times, on_step, order=2, correct=False)
+
+
+def dpmpp3(
+    denoise: Denoise,
+    schedule: Schedule,
+    noise: Noise,
+    shape: Sequence[int],
+    steps: int = 16,
+    *,
+    times: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Third order in the half log-SNR: the parabola through three estimates, integrated exactly.
+
+    This is UniPC's predictor. The 3M of Lu et al.'s code weighs the parabola's bend by half, which is of second order.
+    """
+    return _exponential(denoise, schedule, noise, shape, steps, times, on_step, order=3, correct=False)
+
+
+def unipc(
+    denoise: Denoise,
+    schedule: Schedule,
+    noise: Noise,
+    shape: Sequence[int],
+    steps: int = 8,
+    *,
+    times: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """UniPC-3, B_2(h), predicting x_0 (Zhao et al. 2023, Algorithms 5 and 6): each step of `dpmpp3` is taken again as soon
+    as there is an estimate at its end, which no evaluation is made for alone.
+    """
+    return _exponential(denoise, schedule, noise, shape, steps, times, on_step, order=3, correct=True)
+
+
+def heun(
+    denoise: Denoise,
+    schedule: Schedule,
+    noise: Noise,
+    shape: Sequence[int],
+    steps: int = 15,
+    *,
+    times: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Heun's method on the straight path of `ab2`, second order (Karras et al. 2022, Algorithm 1, whose path is another).
+
+    An interval takes two estimates and spans two steps of the grid; the last takes one, for at t = 0 there is none to
+    ask for, and the first as well if `steps` is even. So `steps` counts estimates here, too.
+    """
     path = _path(schedule, steps, times)
-    x_t = path[0].sigma * noise(shape)
-    x_0_last, h_last = x_t, math.inf
-    for i, (here, there) in enumerate(pairwise(path)):
-        x_0 = _estimate(denoise, on_step, i, here, x_t)
-        h = there.half_log_snr - here.half_log_snr
-        ratio = 0.0 if math.isinf(h) else h / (2 * h_last)
-        decay = there.sigma / here.sigma
-        x_t = decay * x_t + (there.alpha - here.alpha * decay) * (x_0 + ratio * (x_0 - x_0_last))
-        x_0_last, h_last = x_0, h
-    return x_t
+    nodes = path[-2::-2][::-1]
+    single = [path[-1]]  # where intervals of one estimate end
+    if nodes[0] is not path[0]:
+        nodes, single = [path[0], *nodes], [nodes[0], *single]
+    u = path[0].c * noise(shape)
+    i = 0
+    for here, there in pairwise([*nodes, path[-1]]):
+        slope = (u - _estimate(denoise, on_step, i, here, (here.alpha + here.sigma) * u)) / here.c
+        end = u + (there.c - here.c) * slope
+        i += 1
+        if there not in single:
+            slope_there = (end - _estimate(denoise, on_step, i, there, (there.alpha + there.sigma) * end)) / there.c
+            end = u + (there.c - here.c) * (slope + slope_there) / 2
+            i += 1
+        u = end
+    return (path[-1].alpha + path[-1].sigma) * u
 
 
 def ab2(
@@ -138,15 +195,42 @@ def ab2(
     With u = x_t / (alpha + sigma) and c = sigma / (alpha + sigma), u = (1 - c) x_0 + c eps and du/dc = eps - x_0, which
     is finite from pure noise (c = 1) to data (c = 0). Hairer, Nørsett & Wanner 1993, §III.5, for unequal steps.
     """
+    return _adams(denoise, schedule, noise, shape, steps, times, on_step, order=2)
+
+
+def ab3(
+    denoise: Denoise,
+    schedule: Schedule,
+    noise: Noise,
+    shape: Sequence[int],
+    steps: int = 8,
+    *,
+    times: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """`ab2` of third order."""
+    return _adams(denoise, schedule, noise, shape, steps, times, on_step, order=3)
+
+
+def _adams(
+    denoise: Denoise,
+    schedule: Schedule,
+    noise: Noise,
+    shape: Sequence[int],
+    steps: int,
+    times: Tensor | None,
+    on_step: OnStep | None,
+    order: int,
+) -> Tensor:
     path = _path(schedule, steps, times)
-    u = path[0].sigma / (path[0].alpha + path[0].sigma) * noise(shape)
-    slope_last, h_last = u, math.inf
+    u = path[0].c * noise(shape)
+    known: list[tuple[float, Tensor]] = []  # c and the slope there, of earlier steps, the latest first
     for i, (here, there) in enumerate(pairwise(path)):
-        x_0 = _estimate(denoise, on_step, i, here, (here.alpha + here.sigma) * u)
-        slope = (u - x_0) / here.c
+        slope = (u - _estimate(denoise, on_step, i, here, (here.alpha + here.sigma) * u)) / here.c
         h = there.c - here.c
-        u = u + h * (slope + h / (2 * h_last) * (slope - slope_last))
-        slope_last, h_last = slope, h
+        nodes = [((c - here.c) / h, earlier) for c, earlier in known]
+        u = u + h * _mean(slope, nodes, [1 / (j + 2) for j in range(len(nodes))])
+        known = [(here.c, slope), *known][: order - 1]
     return (path[-1].alpha + path[-1].sigma) * u
 
 
@@ -169,6 +253,59 @@ def consistency(
     for i, here in enumerate(path[:-1]):
         x_0 = _estimate(denoise, on_step, i, here, here.alpha * x_0 + here.sigma * noise(shape))
     return x_0
+
+
+def _exponential(
+    denoise: Denoise,
+    schedule: Schedule,
+    noise: Noise,
+    shape: Sequence[int],
+    steps: int,
+    times: Tensor | None,
+    on_step: OnStep | None,
+    order: int,
+    correct: bool,
+) -> Tensor:
+    path = _path(schedule, steps, times)
+    x_t = start = path[0].sigma * noise(shape)
+    known: list[tuple[float, Tensor]] = []  # half log-SNR and the estimate of x_0 there, the latest first
+    for i, (here, there) in enumerate(pairwise(path)):
+        x_0 = _estimate(denoise, on_step, i, here, x_t)
+        if correct and i > 0:
+            x_t = _exponential_step(start, path[i - 1], here, [*known, (here.half_log_snr, x_0)])
+        start = x_t
+        # Lower orders towards the end, where the log-SNR runs away (diffusers' `lower_order_final`).
+        known = [(here.half_log_snr, x_0), *known][: min(order, len(path) - 1 - i)]
+        x_t = _exponential_step(start, here, there, known)
+    return x_t
+
+
+def _exponential_step(x_t: Tensor, here: "_Point", there: "_Point", known: list[tuple[float, Tensor]]) -> Tensor:
+    """Integrate d(x_t / sigma) = x_0 d(alpha / sigma) from `here`, the first of `known`, to `there`.
+
+    x_0 is a polynomial in the half log-SNR: a constant where that is infinite, at pure noise and at sigma = 0.
+    """
+    (start, x_0), *others = known
+    h = there.half_log_snr - start
+    nodes = [((at - start) / h, other) for at, other in others if math.isfinite(at)] if math.isfinite(h) else []
+    moments = [1 / 2]  # B_2(h)'s, of second order like the exact one
+    if len(nodes) > 1:
+        integral = whole = -math.expm1(-h)  # of h exp(h (s - 1)) s^j over 0 ... 1, by parts from j = 0 on
+        moments = [(integral := 1 - j / h * integral) / whole for j in range(1, len(nodes) + 1)]
+    decay = there.sigma / here.sigma
+    return decay * x_t + (there.alpha - here.alpha * decay) * _mean(x_0, nodes, moments)
+
+
+def _mean(value: Tensor, nodes: list[tuple[float, Tensor]], moments: list[float]) -> Tensor:
+    """The mean over a step, s = 0 ... 1, of the polynomial through `value` at s = 0 and through `nodes`, (s, value).
+
+    moments   the means of s, s², ..., which are those of the step's weight
+    """
+    if not nodes:
+        return value
+    powers = torch.tensor([[s ** (j + 1) for s, _ in nodes] for j in range(len(nodes))], dtype=torch.float64)
+    weights = torch.linalg.solve(powers, torch.tensor(moments, dtype=torch.float64)).tolist()
+    return value + sum(weight * (other - value) for weight, (_, other) in zip(weights, nodes, strict=True))
 
 
 class _Point(NamedTuple):

@@ -58,7 +58,7 @@ class NoiseSchedule:
         self.t_max = 1.0
         if not zero_terminal and name != "linear":
             noise_to_data = math.exp(-DDPM_LOG_SNR / 2) / shift
-            self.t_max = self._time_at(torch.tensor(noise_to_data / (1 + noise_to_data), dtype=torch.float64)).item()
+            self.t_max = self.time_at(torch.tensor(noise_to_data / (1 + noise_to_data), dtype=torch.float64)).item()
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma, each (N, 1, 1, 1), at times t (N,); computed in float64, returned in t's precision."""
@@ -80,21 +80,22 @@ class NoiseSchedule:
         """
         if steps < 1:
             raise ValueError(f"a sampler takes at least one step, got {steps}")
-        c_max = self._c(torch.tensor(self.t_max, dtype=torch.float64)).item()
+        c_max = self.c(torch.tensor(self.t_max, dtype=torch.float64)).item()
         even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        times = self._time_at(c_max * shift * even / (1 + (shift - 1) * even))
+        times = self.time_at(c_max * shift * even / (1 + (shift - 1) * even))
         times[0], times[-1] = self.t_max, 0.0
         return times
 
-    def _c(self, t: Tensor) -> Tensor:
+    def c(self, t: Tensor) -> Tensor:
+        """sigma / (alpha + sigma) before the shift at times t, float64 of any shape: the share of noise, 0 to 1."""
         alpha, sigma = CURVES[self.name](t)
         return sigma / (alpha + sigma)
 
-    def _time_at(self, c: Tensor) -> Tensor:
-        """The time at which sigma / (alpha + sigma), before the shift, is c: by bisection, for it grows with t."""
+    def time_at(self, c: Tensor) -> Tensor:
+        """The time of a share of noise c, float64 of any shape: `c` inverted, by bisection, for it grows with t."""
         low, high = torch.zeros_like(c), torch.ones_like(c)
         for _ in range(60):
             middle = (low + high) / 2
-            beyond = self._c(middle) >= c
+            beyond = self.c(middle) >= c
             low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
         return high

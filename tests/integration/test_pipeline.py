@@ -123,7 +123,7 @@ def test_an_autoencoder_that_predicts_the_variance_of_its_noise_trains_and_is_sc
     assert metrics["physics"]["reconstructions"]["peak"]["w1"] == 0
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "ab2", "consistency"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "dpmpp3", "unipc", "heun", "ab2", "ab3", "consistency"])
 def test_every_sampler_runs_from_the_same_checkpoint(at_home: Path, sampler: str) -> None:
     generator = Generator.from_pretrained("checkpoints/smoke-stage2", "cpu")
     images = generator.images(range(2), sampler=sampler, steps=5)
@@ -150,7 +150,23 @@ def test_clean_and_observed_differ_by_pixel_noise_alone(at_home: Path) -> None:
         ("karras", ["--backbone.name", "karras_unet", "--optimizer.name", "adamw"]),
         ("ddpm", ["--diffusion.schedule", "linear", "--diffusion.prediction", "eps", "--diffusion.time", "uniform"]),
         ("vpred", ["--diffusion.schedule", "cosine", "--diffusion.prediction", "v", "--sampling.sampler", "dpmpp"]),
-        ("x0", ["--diffusion.schedule", "sigmoid", "--diffusion.prediction", "x0", "--sampling.sampler", "ddim"]),
+        (
+            "x0",
+            [
+                "--diffusion.schedule",
+                "sigmoid",
+                "--diffusion.prediction",
+                "x0",
+                "--sampling.sampler",
+                "ddim",
+                "--diffusion.weighting",
+                "min_snr",
+                "--sampling.tune",
+                "[2]",
+                "--sampling.steps",
+                "2",
+            ],
+        ),
     ],
 )
 def test_other_backbones_and_objectives_are_a_word_away(at_home: Path, name: str, options: list[str]) -> None:
@@ -160,8 +176,9 @@ def test_other_backbones_and_objectives_are_a_word_away(at_home: Path, name: str
         [] if name in ("dit", "uvit") else ["--backbone.width", "8", "--backbone.blocks", "1", "--backbone.heads", "1"]
     )
     main(["train-diffusion", *common, *small, *options])
-    images = Generator.from_pretrained(f"checkpoints/{name}", "cpu").images(range(2), steps=3)
-    assert torch.isfinite(images).all()
+    generator = Generator.from_pretrained(f"checkpoints/{name}", "cpu")
+    assert torch.isfinite(generator.images(range(2), steps=3)).all()
+    assert (generator.settings()["times"] is not None) == ("--sampling.tune" in options)  # fitted before publishing
 
 
 def test_a_class_of_one_s_own_trains_and_is_loaded_by_those_who_trust_it(

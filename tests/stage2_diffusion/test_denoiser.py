@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from stage2_diffusion.denoiser import Denoiser, target, to_x0
+from stage2_diffusion.denoiser import Denoiser, min_snr, target, to_x0
 from stage2_diffusion.schedule import CURVES, NoiseSchedule
 
 ALLOWED = [(p, s) for p in ("eps", "x0", "v", "velocity") for s in CURVES if p != "velocity" or s == "flow"]
@@ -75,6 +75,42 @@ def test_the_loss_of_the_perfect_network_is_zero_and_of_a_silent_one_the_varianc
 
 
 @pytest.mark.parametrize(("prediction", "schedule"), ALLOWED)
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weighs_errors_of_x_0_alike_whatever_is_predicted(prediction, schedule, gamma):
+    """Two outputs that differ by delta differ in x_0 by as much as counts min(SNR, gamma) times there."""
+    alpha, sigma = NoiseSchedule(schedule, prediction != "eps")(torch.linspace(0.01, 0.99, 50).double())
+    x_t, out, delta = torch.randn(3, 50, 1, 1, 1).double()
+    estimates = [to_x0(prediction, y, x_t, alpha, sigma) for y in (out, out + delta)]
+    in_x0 = (alpha / sigma).square().clamp(max=gamma) * (estimates[1] - estimates[0]) ** 2
+    torch.testing.assert_close(min_snr(prediction, alpha, sigma, gamma) * delta**2, in_x0)
+
+
+def test_min_snr_is_that_of_hang_et_al():
+    """Their closed forms, for alpha² + sigma² = 1; and the flow's, whose errors of velocity are those of x_0 / sigma."""
+    snr = torch.tensor([1e-4, 0.5, 5.0, 80.0, 1e6], dtype=torch.float64)
+    alpha, sigma = (snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt()
+    capped = snr.clamp(max=5.0)
+    for prediction, expected in {"x0": capped, "eps": capped / snr, "v": capped / (snr + 1)}.items():
+        torch.testing.assert_close(min_snr(prediction, alpha, sigma, 5.0), expected)
+    t = torch.tensor([0.0, 0.1, 0.5, 1.0], dtype=torch.float64)
+    expected = torch.tensor([0.0, 5 * 0.1**2, 1 * 0.5**2, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(min_snr("velocity", 1 - t, t, 5.0), expected)
+
+
+@pytest.mark.parametrize(("prediction", "schedule"), ALLOWED)
+def test_the_loss_is_weighed_sample_by_sample(prediction, schedule):
+    x_0 = torch.randn(64, 2, 3, 3)
+    losses = []
+    for weighting in ("uniform", "min_snr"):
+        denoiser = make(prediction, schedule, weighting=weighting, gamma=2.0)
+        torch.manual_seed(0)
+        losses.append(denoiser.loss(x_0))
+    alpha, sigma = denoiser.schedule(denoiser.backbone.t)
+    torch.testing.assert_close(losses[1], losses[0] * min_snr(prediction, alpha, sigma, 2.0).flatten())
+    assert losses[1].isfinite().all()
+
+
+@pytest.mark.parametrize(("prediction", "schedule"), ALLOWED)
 def test_forward_turns_the_right_answer_into_x_0(prediction, schedule):
     torch.manual_seed(0)
     x_0, eps = torch.randn(2, 4, 2, 3, 3)
@@ -119,6 +155,13 @@ def test_logit_normal_times_are_normal_under_the_logit():
     t, _ = times_seen(time_distribution="logit_normal", time_mean=0.4, time_std=1.3)
     normal = torch.distributions.Normal(0.4, 1.3)
     assert kolmogorov(t.logit(), lambda x: normal.cdf(torch.from_numpy(x)).numpy()) < 1e-3
+
+
+def test_on_the_flow_logit_normal_is_the_log_normal_of_edm():
+    t, process = times_seen(time_distribution="logit_normal", time_mean=-1.2, time_std=1.2)
+    alpha, sigma = (a.flatten() for a in process(t.double()))
+    normal = torch.distributions.Normal(-1.2, 1.2)
+    assert kolmogorov((sigma / alpha).log(), lambda x: normal.cdf(torch.from_numpy(x)).numpy()) < 1e-3
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
@@ -199,5 +242,7 @@ def test_eps_refuses_pure_noise_and_says_what_to_do(schedule):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="unknown prediction 'noise'; one of eps, x0, v, velocity"):
         make("noise")
+    with pytest.raises(ValueError, match="unknown weighting 'snr'; one of uniform, min_snr"):
+        make(weighting="snr")
     with pytest.raises(ValueError, match="unknown time distribution 'normal'"):
         make(time_distribution="normal")

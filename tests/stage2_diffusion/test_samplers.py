@@ -1,4 +1,5 @@
 import math
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -8,11 +9,16 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-from stage2_diffusion.samplers import SeededNoise, ab2, consistency, ddim, ddpm, dpmpp
+from stage2_diffusion import samplers
+from stage2_diffusion.samplers import (
+    SeededNoise, ab2, ab3, consistency, ddim, ddpm, dpmpp, dpmpp3, heun, unipc,
+)  # fmt: skip
 from stage2_diffusion.schedule import CURVES, NoiseSchedule
 
-SAMPLERS = [ddim, dpmpp, ab2]
+SAMPLERS = [ddim, dpmpp, dpmpp3, unipc, heun, ab2, ab3]
 SHAPE = (2, 1, 1)
 MEANS = torch.tensor([[-0.9, 0.3], [0.5, 0.9], [0.4, -1.1]], dtype=torch.float64)
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -82,6 +88,14 @@ def error(sampler, schedule, steps, reference, times=None):
     return (out - reference).square().mean().sqrt().item()
 
 
+@cache
+def solution(name):
+    """Where the noise of `fixed_noise(64)` ends between log-SNR -8 and 8."""
+    schedule = NoiseSchedule(name)
+    times = even_in_log_snr(schedule, 600)
+    return ab3(exact_denoiser(schedule), schedule, fixed_noise(64), SHAPE, times=times)
+
+
 @pytest.fixture(scope="module")
 def truth():
     """Where the noise of `fixed_noise(64)` ends: the same for every zero-terminal schedule."""
@@ -90,7 +104,7 @@ def truth():
 
 
 @pytest.mark.parametrize("name", ["cosine", "sigmoid", "flow"])
-@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (ab2, 2)])
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (ab2, 2), (heun, 2)])
 def test_order_of_convergence(name, sampler, order, truth):
     schedule = NoiseSchedule(name)
     coarse, fine = error(sampler, schedule, 80, truth), error(sampler, schedule, 320, truth)
@@ -109,12 +123,10 @@ def even_in_log_snr(schedule, steps):
 
 
 @pytest.mark.parametrize("name", CURVES)
-@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpmpp, 2), (ab2, 2)])
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpmpp, 2), (ab2, 2), (heun, 2), (dpmpp3, 3), (ab3, 3)])
 def test_order_of_convergence_between_finite_log_snrs(name, sampler, order):
     schedule = NoiseSchedule(name)
-    times = even_in_log_snr(schedule, 600)
-    reference = ab2(exact_denoiser(schedule), schedule, fixed_noise(64), SHAPE, times=times)
-    coarse, fine = (error(sampler, schedule, 0, reference, times=even_in_log_snr(schedule, n)) for n in (30, 120))
+    coarse, fine = (error(sampler, schedule, 0, solution(name), times=even_in_log_snr(schedule, n)) for n in (30, 120))
     assert math.log(coarse / fine, 4) == pytest.approx(order, abs=0.25)
 
 
@@ -147,6 +159,27 @@ def test_schedules_agree_on_the_straight_path(sampler):
         results.append(sampler(exact_denoiser(schedule), schedule, fixed_noise(8), SHAPE, 6))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-8)
     torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-8)
+
+
+def test_the_corrector_of_unipc_makes_its_predictor_more_exact(truth):
+    """Between finite log-SNRs by a factor of 2 to 4, for no evaluation more."""
+    schedule = NoiseSchedule("cosine")
+    reference = solution("cosine")
+    for n in (30, 60):
+        times = even_in_log_snr(schedule, n)
+        assert error(unipc, schedule, 0, reference, times) < error(dpmpp3, schedule, 0, reference, times) / 2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("sampler", [ddpm, *SAMPLERS])
+def test_steps_are_evaluations(sampler, steps):
+    schedule, asked = NoiseSchedule("flow"), []
+    exact = exact_denoiser(schedule)
+    sampler(lambda x_t, t: asked.append(t[0].item()) or exact(x_t, t), schedule, fixed_noise(2), SHAPE, steps)
+    assert len(asked) == steps
+    assert asked[0] == 1
+    assert asked == sorted(asked, reverse=True)
+    assert asked[-1] > 0
 
 
 def wasserstein(samples):
@@ -310,6 +343,82 @@ def test_dpmpp_against_diffusers(name, steps):
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(("sampler", "order", "corrected"), [(dpmpp, 2, False), (dpmpp3, 3, False), (unipc, 3, True)])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [3, 8, 25])
+def test_unipc_against_diffusers(name, steps, sampler, order, corrected):
+    """Our exponential solvers are UniPC with its corrector or without."""
+    schedule = NoiseSchedule(name, zero_terminal=False)
+    betas, times = discrete(schedule)
+    oracle = UniPCMultistepScheduler(
+        trained_betas=betas,
+        prediction_type="sample",
+        solver_order=order,
+        solver_type="bh2",
+        final_sigmas_type="zero",
+        timestep_spacing="leading",
+        disable_corrector=[] if corrected else list(range(steps)),
+    )
+    oracle.set_timesteps(steps)
+    grid = torch.cat([times[oracle.timesteps], torch.zeros(1, dtype=torch.float64)])
+    start = schedule(grid[:1])[1].float() * fixed_noise(3, dtype=torch.float32)(SHAPE)
+    expected = walk(oracle, start, times)
+    out = sampler(arbitrary_denoiser, schedule, fixed_noise(3, dtype=torch.float32), SHAPE, times=grid)
+    torch.testing.assert_close(out, expected, rtol=0, atol=5e-5)
+
+
+def test_the_third_order_against_that_of_diffusers_and_lu_et_al(monkeypatch):
+    """Theirs is ours with half the bend of the parabola, and of second order."""
+    exact = samplers._mean
+
+    def halved(value, nodes, moments):
+        if len(nodes) < 2:
+            return exact(value, nodes, moments)
+        (a, f), (b, g) = nodes
+        bend = ((g - value) / b - (f - value) / a) / (b - a)
+        return exact(value, nodes, moments) - moments[1] * bend / 2
+
+    monkeypatch.setattr(samplers, "_mean", halved)
+    schedule = NoiseSchedule("cosine", zero_terminal=False)
+    betas, times = discrete(schedule)
+    oracle = DPMSolverMultistepScheduler(
+        trained_betas=betas,
+        prediction_type="sample",
+        algorithm_type="dpmsolver++",
+        solver_order=3,
+        final_sigmas_type="zero",
+        timestep_spacing="leading",
+    )
+    oracle.set_timesteps(8)
+    grid = torch.cat([times[oracle.timesteps], torch.zeros(1, dtype=torch.float64)])
+    start = schedule(grid[:1])[1].float() * fixed_noise(3, dtype=torch.float32)(SHAPE)
+    expected = walk(oracle, start, times)
+    out = dpmpp3(arbitrary_denoiser, schedule, fixed_noise(3, dtype=torch.float32), SHAPE, times=grid)
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+
+    coarse, fine = (
+        error(dpmpp3, NoiseSchedule("cosine"), 0, solution("cosine"), even_in_log_snr(NoiseSchedule("cosine"), n))
+        for n in (30, 120)
+    )
+    assert math.log(coarse / fine, 4) == pytest.approx(2, abs=0.25)
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+def test_heun_against_diffusers(steps):
+    schedule = NoiseSchedule("flow")
+    oracle = FlowMatchHeunDiscreteScheduler()
+    oracle.set_timesteps((steps + 1) // 2)
+    x_t = fixed_noise(3, dtype=torch.float32)(SHAPE)
+    for k in oracle.timesteps:
+        sigma = k / 1000
+        x_t = oracle.step((x_t - arbitrary_denoiser(x_t, sigma.expand(3))) / sigma, k, x_t).prev_sample
+    nodes = oracle.timesteps[::2].double() / 1000  # each but the last twice
+    middles = (nodes[:-1] + nodes[1:]) / 2  # which heun passes over
+    grid = torch.cat([torch.stack([nodes[:-1], middles], 1).flatten(), nodes[-1:], torch.zeros(1)])
+    out = heun(arbitrary_denoiser, schedule, fixed_noise(3, dtype=torch.float32), SHAPE, steps, times=grid)
+    torch.testing.assert_close(out, x_t, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_against_diffusers(shift):
     """On the straight path DDIM is Euler's method."""
@@ -334,7 +443,7 @@ def test_on_step_sees_every_state_and_estimate(sampler):
     denoise = exact_denoiser(schedule)
     sampler(denoise, schedule, fixed_noise(2), SHAPE, 5, on_step=lambda *state: seen.append(state))
     assert [i for i, *_ in seen] == [0, 1, 2, 3, 4]
-    assert all(earlier[1] > later[1] for earlier, later in pairwise(seen))
+    assert all(earlier[1] > later[1] or sampler is heun for earlier, later in pairwise(seen))
     for _, t, x_t, x_0 in seen:
         torch.testing.assert_close(x_0, denoise(x_t, torch.full((2,), t)))
     assert torch.equal(seen[0][2], fixed_noise(2)(SHAPE))
