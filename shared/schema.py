@@ -332,8 +332,8 @@ class Diffusion(Block):
 
 
 class Sampling(Block):
-    sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp3", "unipc", "heun", "ab2", "ab3", "consistency"] = key(
-        "ab2", "of previews; published as the default; consistency: for distilled models"
+    sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp3", "unipc", "heun", "ab2", "ab3"] = key(
+        "ab2", "of previews; published as the default"
     )
     steps: int = key(8, "network evaluations a sample", ge=1)
     shift: float = key(3.0, "of the grid of times; above 1: shorter steps at high noise", gt=0)
@@ -484,12 +484,18 @@ class Paths(Block):
     points: int = key(3, "points of a path to learn from, of which its start is one", ge=1)
 
 
+class FewSteps(Block):
+    sampler: Literal["consistency"] = key("consistency", "of previews; published as the default")
+    steps: int = key(2, "network evaluations a sample", ge=1)
+    shift: float = key(1.0, "of the grid of times; with two steps: 1 goes back to t = 0.5, 3 to 0.75", gt=0)
+
+
 class Distill(_Run):
     """configs/stage2/distill.yaml: a student that samples in one or two evaluations, taught by a trained model of stage 2."""
 
     data: Paths = Paths()  # type: ignore[assignment]
     teacher: str = key(..., "folder of a stage-2 run or model, which the student starts from", min_length=1)
-    sampling: Sampling = Sampling(sampler="consistency", steps=2, shift=1.0)
+    sampling: FewSteps = FewSteps()
     optimizer: Optimizer = Optimizer(lr=1e-3, betas=(0.9, 0.95), warmup_steps=20)
     ema: EMA = EMA(decay=0.99)
     trainer: Trainer = Trainer(max_steps=600, validate_every=200, checkpoint_every=100)

@@ -14,7 +14,16 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 
 from stage2_diffusion import samplers
 from stage2_diffusion.samplers import (
-    SeededNoise, ab2, ab3, consistency, ddim, ddpm, dpmpp, dpmpp3, heun, unipc,
+    SeededNoise,
+    ab2,
+    ab3,
+    consistency,
+    ddim,
+    ddpm,
+    dpmpp,
+    dpmpp3,
+    heun,
+    unipc,
 )  # fmt: skip
 from stage2_diffusion.schedule import CURVES, NoiseSchedule
 
