@@ -33,7 +33,7 @@ EXACT = 32  # evaluations of the teacher a watched path
 def distill(config: Distill, resume: str = "auto") -> Path:
     """Config -> the folder of the published student, a generator like its teacher."""
     precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
-    teacher = Generator.from_pretrained(config.teacher, str(choose_device(config.trainer.accelerator)))
+    teacher = Generator.from_pretrained(config.teacher, str(choose_device(config.trainer.accelerator)), config.trust)
     teacher.precision = precision
     if before := teacher.config.get("distilled"):
         raise UserError(f"{config.teacher} is distilled itself and has no paths to learn: give its teacher, {before}")

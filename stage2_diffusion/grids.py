@@ -104,8 +104,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=positive, default=64, help="noises to fit to (default: %(default)s)")
     parser.add_argument("--last", type=share, help="share of noise at the last evaluation (default: as the fit has it)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
+    parser.add_argument(
+        "--trust", metavar="PACKAGE", help="whose code on this machine a model may run for its backbone"
+    )
     a = parser.parse_args(argv)
-    generator = Generator.from_pretrained(a.model, check_device(a.device))
+    generator = Generator.from_pretrained(a.model, check_device(a.device), a.trust)
     sampler = a.sampler or generator.defaults["sampler"]
     print(f"{sampler}: error of latents against {FINE} evaluations, on {a.count} noises that no grid was fitted to")
     for steps in a.steps:

@@ -74,8 +74,10 @@ class UViT(nn.Module):
             return nn.ModuleList([Block(width, heads, mlp_ratio, dropout, joins) for _ in range(count)])
 
         self.into, self.middle, self.out_of = blocks(depth // 2, False), blocks(1, False), blocks(depth // 2, True)
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, patch**2 * channels)
+        self.norm, self.head = nn.LayerNorm(width), zeroed(nn.Linear(width, patch**2 * channels))
+        # The identity at first: from zero, a layer of so few channels would be the slowest of all to learn.
         self.out = zeroed(nn.Conv2d(channels, channels, 3, padding=1))
+        nn.init.dirac_(self.out.weight)
         angles = F.pad(rotary_angles(rows, columns, width // heads), (0, 0, extra, 0))  # time and condition do not turn
         self.cos: Tensor
         self.sin: Tensor

@@ -204,8 +204,17 @@ def test_a_class_of_one_s_own_trains_and_is_loaded_by_those_who_trust_it(
     assert "own_net.OwnNet" in error
     assert "--trust own_net" in error
     assert "own_net" not in sys.modules
+    teach = ["distill", "--teacher", "checkpoints/own", "--name", "own-few", "--trainer.max_steps", "1"]
+    teach += ["--logger.wandb", "disabled"]
+    for command in (
+        ["tune-grid", "checkpoints/own"],
+        ["evaluate", "checkpoints/own", "--reference", "data/smoke"],
+        teach,
+    ):
+        assert "--trust own_net" in fails(capsys, *command)
+    assert "own_net" not in sys.modules
+    main([*teach, "--trust", "own_net"])
     main([*draw, "--trust", "own_net"])
-    assert "own_net" in sys.modules
 
 
 def test_diffusion_on_pixels_is_the_same_code(at_home: Path) -> None:
