@@ -480,7 +480,7 @@ class Paths(Block):
     """A teacher's ways from noise to a sample, solved anew at every step; the student learns where they end."""
 
     batch_size: int = key(16, "paths a step, over all devices", ge=1)
-    steps: int = key(8, "evaluations of the teacher a path", ge=1)
+    steps: int = key(6, "evaluations of the teacher a path", ge=2)
     points: int = key(3, "points of a path to learn from, of which its start is one", ge=1)
 
 
@@ -498,7 +498,7 @@ class Distill(_Run):
     sampling: FewSteps = FewSteps()
     optimizer: Optimizer = Optimizer(lr=1e-3, betas=(0.9, 0.95), warmup_steps=20)
     ema: EMA = EMA(decay=0.99)
-    trainer: Trainer = Trainer(max_steps=600, validate_every=200, checkpoint_every=100)
+    trainer: Trainer = Trainer(max_steps=300, validate_every=150, checkpoint_every=50)
     logger: Logger = Logger()
 
 
