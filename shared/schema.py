@@ -487,7 +487,7 @@ class Paths(Block):
 class FewSteps(Block):
     sampler: Literal["consistency"] = key("consistency", "of previews; published as the default")
     steps: int = key(2, "network evaluations a sample", ge=1)
-    shift: float = key(1.0, "of the grid of times; with two steps: 1 goes back to t = 0.5, 3 to 0.75", gt=0)
+    shift: float = key(3.0, "of the grid of times; with two steps: 1 goes back to t = 0.5, 3 to 0.75", gt=0)
 
 
 class Distill(_Run):
