@@ -495,6 +495,7 @@ class Distill(_Run):
 
     data: Paths = Paths()  # type: ignore[assignment]
     teacher: str = key(..., "folder of a stage-2 run or model, which the student starts from", min_length=1)
+    trust: str | None = key(None, "package on this machine whose code the teacher's backbone may be", min_length=1)
     sampling: FewSteps = FewSteps()
     optimizer: Optimizer = Optimizer(lr=1e-3, betas=(0.9, 0.95), warmup_steps=20)
     ema: EMA = EMA(decay=0.99)

@@ -1,5 +1,7 @@
 """A student of few steps: on Gaussian data, where the path from each noise ends is known; then from model to model."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,13 @@ from torch import Tensor, nn
 from shared.checkpoint import load, publish
 from shared.cli import main
 from shared.config import load_config
+from shared.errors import UserError
 from shared.schema import Distill, Stage2
 from stage2_diffusion import distillation
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.distillation import distill, end_error, solve
 from stage2_diffusion.generator import Generator, build_denoiser, orientations
+from stage2_diffusion.grids import tune
 from stage2_diffusion.pipeline import train
 from stage2_diffusion.samplers import SeededNoise, ab2, consistency
 from stage2_diffusion.schedule import NoiseSchedule
@@ -213,3 +217,12 @@ def test_a_users_mistakes_get_one_clear_line(teacher: Path, capsys: pytest.Captu
     assert f"give its teacher, {teacher}" in fails("--teacher", str(home / "mine"))
     assert "another configuration" in fails("--teacher", str(teacher), "--name", "mine")
     assert "unknown key" in fails("--techer", str(teacher))
+    foreign = home / "foreign"
+    shutil.copytree(teacher / "model", foreign)
+    config = json.loads((foreign / "config.json").read_text())
+    config["backbone"] = {"name": "custom", "class_path": "nowhere_to_be_found.Net"}
+    (foreign / "config.json").write_text(json.dumps(config))
+    assert "--trust nowhere_to_be_found" in fails("--teacher", str(foreign))
+    assert "cannot be imported" in fails("--teacher", str(foreign), "--trust", "nowhere_to_be_found")
+    with pytest.raises(UserError, match="consistency draws noise at every step"):
+        tune(Generator.from_pretrained(home / "mine", "cpu"), "consistency", 4)
