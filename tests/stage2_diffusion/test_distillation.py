@@ -1,5 +1,7 @@
 """A student of few steps: on Gaussian data, where the path from each noise ends is known; then from model to model."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,13 @@ from torch import Tensor, nn
 from shared.checkpoint import load, publish
 from shared.cli import main
 from shared.config import load_config
+from shared.errors import UserError
 from shared.schema import Distill, Stage2
 from stage2_diffusion import distillation
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.distillation import distill, end_error, solve
 from stage2_diffusion.generator import Generator, build_denoiser, orientations
+from stage2_diffusion.grids import tune
 from stage2_diffusion.pipeline import train
 from stage2_diffusion.samplers import SeededNoise, ab2, consistency
 from stage2_diffusion.schedule import NoiseSchedule
@@ -99,7 +103,7 @@ def test_a_student_learns_the_ends_of_paths_and_beats_its_teacher_at_one_step(sc
         with torch.no_grad():
             samples = consistency(student, process, SeededNoise(range(4000)), SHAPE, steps)
         torch.testing.assert_close(samples.mean(0), MEAN, atol=0.08, rtol=0)
-        torch.testing.assert_close(samples.std(0), STD, atol=0.02, rtol=0.08)
+        torch.testing.assert_close(samples.std(0), STD, atol=0.1, rtol=0)
 
 
 # --- from model to model ----------------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ def test_the_condition_of_samples_is_that_of_paths(teacher: Path) -> None:
     torch.manual_seed(0)
     denoiser = build_denoiser(network, flow, (1, 30, 30), {"orientation": 8})
     for parameter in denoiser.parameters():  # or else it starts as nothing, whatever the condition
-        nn.init.normal_(parameter, std=0.1)
+        nn.init.normal_(parameter, std=0.3)
     labelled = Generator(generator.autoencoder, denoiser, conditions={"orientation": 8})
     module = distillation.Distillation(settings(teacher, "labelled"), labelled)
     noise = SeededNoise([1, 2])((1, 30, 30))
@@ -189,8 +193,9 @@ def test_the_condition_of_samples_is_that_of_paths(teacher: Path) -> None:
         return ab2(lambda x, t: denoiser(x, t, labels), denoiser.schedule, lambda shape: noise, (1, 30, 30), 4)
 
     with torch.no_grad():
-        assert torch.allclose(module.paths(noise, 4)[1], ends(0), atol=1e-4)
-        assert not torch.allclose(ends(3), ends(0), atol=1e-2)
+        found, right, wrong = module.paths(noise, 4)[1], ends(0), ends(3)
+    assert (found - right).abs().max() < 0.01 * (wrong - right).abs().max()
+    assert (wrong - right).abs().max() > 1e-2
 
 
 @pytest.mark.slow
@@ -212,3 +217,12 @@ def test_a_users_mistakes_get_one_clear_line(teacher: Path, capsys: pytest.Captu
     assert f"give its teacher, {teacher}" in fails("--teacher", str(home / "mine"))
     assert "another configuration" in fails("--teacher", str(teacher), "--name", "mine")
     assert "unknown key" in fails("--techer", str(teacher))
+    foreign = home / "foreign"
+    shutil.copytree(teacher / "model", foreign)
+    config = json.loads((foreign / "config.json").read_text())
+    config["backbone"] = {"name": "custom", "class_path": "nowhere_to_be_found.Net"}
+    (foreign / "config.json").write_text(json.dumps(config))
+    assert "--trust nowhere_to_be_found" in fails("--teacher", str(foreign))
+    assert "cannot be imported" in fails("--teacher", str(foreign), "--trust", "nowhere_to_be_found")
+    with pytest.raises(UserError, match="consistency draws noise at every step"):
+        tune(Generator.from_pretrained(home / "mine", "cpu"), "consistency", 4)
