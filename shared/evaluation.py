@@ -18,7 +18,9 @@ from shared.data.cache import LensImages
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.metrics import efficientnet, fid, physics
+from shared.metrics.lens_fit import LensFitter
 from shared.report import panels, rasterise
+from shared.simulate.preset import Preset
 
 LARGEST = 2500  # images a side by default: 1/n has fallen below the differences of interest
 BATCH = 32  # images at once; with 64 an evaluation takes 0.2 GB more and no less time
@@ -73,6 +75,22 @@ def halves(reference: LensImages, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Two disjoint sets of n test images, as sorted indices (n,): the reference, and the other half."""
     order = np.random.default_rng(0).permutation(reference.split("test"))
     return np.sort(order[:n]), np.sort(order[n : 2 * n])
+
+
+def lens_fitter(preset_name: str, reference: LensImages) -> tuple[LensFitter, np.ndarray]:
+    """The fitter of a preset, of its first class if it has some, and which images (len(reference),) bool it is for.
+
+    UserError if there is no such preset, or if it makes images of another size.
+    """
+    preset = Preset.load(preset_name)
+    made = (1, preset.pixels, preset.pixels)
+    if reference.image_shape != made:
+        raise UserError(f"--preset {preset_name} makes images {made}, {reference.path} has {reference.image_shape}")
+    kind, classes = next(iter(preset.classes), None), reference.index.get("classes") or []
+    of_kind = np.ones(len(reference), bool)
+    if kind in classes:
+        of_kind = np.asarray(reference.index["labels"]) == classes.index(kind)
+    return LensFitter(preset, kind=kind), of_kind
 
 
 class Measured:

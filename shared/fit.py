@@ -2,7 +2,7 @@
 
 SOURCE is a data set (data/NAME), samples.npz of `lens-ldm sample`, or whatever else `lens-ldm prepare` reads, on the pixel
 grid of the preset. Fits a lens model of the preset to each image (shared/metrics/lens_fit.py), compares the parameters
-with the preset's priors and, where the data set knows them, with the truth; writes OUT.csv and OUT.png.
+with the preset's priors and with the truth: what the data set knows, or what samples were asked for; writes OUT.csv and OUT.png.
 """
 
 import argparse
@@ -16,10 +16,12 @@ from scipy import stats
 
 from shared.cli import at_least, positive
 from shared.data.cache import INDEX, LensImages
+from shared.data.formats import CONDITION
 from shared.data.sources import BrokenImage, Source
 from shared.errors import UserError
 from shared.files import write_atomically
 from shared.metrics.lens_fit import Coordinates, LensFits, LensFitter
+from shared.metrics.obedience import difference, spread
 from shared.metrics.two_sample import holm
 from shared.report import save_grid
 from shared.simulate.preset import Preset, draw_parameters
@@ -98,9 +100,23 @@ def load_images(
         for broken in images.broken[:1]:
             raise UserError(f"{broken.name} {broken.reason}")
         try:
-            return np.stack([images.read(i) for i in range(min(count, len(images)))]), {}
+            read = np.stack([images.read(i) for i in range(min(count, len(images)))])
+            return read, asked_for(source, len(images), len(read))
         except BrokenImage as error:
             raise UserError(f"{source}: an image {error}") from error
+
+
+def asked_for(source: Path, among: int, count: int) -> dict[str, np.ndarray]:
+    """What the first `count` of `among` lenses in a samples.npz were asked to be, {name: (count,)}; of other sources nothing."""
+    if source.suffix.lower() != ".npz":
+        return {}
+    try:
+        with np.load(source, allow_pickle=False) as file:
+            names = [name for name in file.files if name.startswith(CONDITION)]
+            asked = {name.removeprefix(CONDITION): file[name] for name in names}
+    except ValueError as error:
+        raise UserError(f"{source}: what its lenses were asked to be cannot be read ({error})") from error
+    return {k: v[:count] for k, v in asked.items() if v.dtype.kind == "f" and v.shape == (among,)}
 
 
 def table(fits: LensFits) -> str:
@@ -150,7 +166,7 @@ def summary(fits: LensFits, preset: Preset, truth: dict[str, np.ndarray]) -> str
             f"none is: are they on the grid of {preset.pixel_scale:g} arcsec a pixel, {unit}and of this preset?"
         )
         return "\n".join(lines)
-    known = [name for name in fits.parameters if name in truth]
+    known = [name for name in fits.parameters if name in truth and np.isfinite(truth[name][good]).any()]
     lines.append(f"\nparameters of the {good.sum()}:")
     header = f"{'':12}{'median':>9}{'16 %':>9}{'84 %':>9}{'error':>9}{'KS p':>8}"
     lines.append(header + (f"{'bias':>10}{'scatter':>9}{'pull':>7}" if known else ""))
@@ -168,20 +184,14 @@ def summary(fits: LensFits, preset: Preset, truth: dict[str, np.ndarray]) -> str
         p = f"{adjusted[name]:8.3f}" if name in adjusted else f"{'-':>8}"
         line = f"{name:12}{middle:9.4f}{low:9.4f}{high:9.4f}{np.median(errors):9.4f}{p}"
         if name in known:
-            difference = values - truth[name][good]
-            if name in ANGLES:
-                difference = (difference + 90) % 180 - 90
-            line += f"{np.median(difference):10.4f}{_spread(difference):9.4f}{_spread(difference / errors):7.2f}"
+            apart = difference(truth[name][good], values, name in ANGLES)
+            apart, errors = apart[np.isfinite(apart)], errors[np.isfinite(apart)]
+            line += f"{np.median(apart):10.4f}{spread(apart):9.4f}{spread(apart / errors):7.2f}"
         lines.append(line)
     lines.append("error: median standard deviation of a fit; KS p: against the preset's prior, Holm's correction")
     if known:
         lines.append("bias, scatter (robust) of the difference to the truth; pull: its scatter in units of the errors")
     return "\n".join(lines)
-
-
-def _spread(values: np.ndarray) -> float:
-    """Standard deviation of the Gaussian with this median absolute deviation: a round source has no angle at all."""
-    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
 
 
 def _same_turn(name: str, values: np.ndarray, prior: np.ndarray) -> np.ndarray:

@@ -12,7 +12,16 @@ import sys
 from collections import Counter
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from shared.config import load_config, merge, unfold
 from shared.errors import UserError
@@ -44,6 +53,8 @@ Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False), Field
 Levels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Interval = Annotated[tuple[Fraction, Fraction], Strict(False)]
 
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------------
@@ -331,6 +342,30 @@ class Diffusion(Block):
         return _check(prediction, fine, f"velocity needs schedule flow; with {schedule} use v")
 
 
+# `class` is a word of Python's, and a key of ours.
+_ByClass = create_model(
+    "_ByClass", __base__=Block, **{"class": (bool, key(False, "tell the network an image's class"))}
+)  # type: ignore[call-overload]
+
+
+class Condition(_ByClass):  # type: ignore[misc, valid-type]
+    """What the network is told of an image, and what samples may be asked for. Default: nothing."""
+
+    parameters: Annotated[tuple[str, ...], Strict(False)] = key(
+        (), "tell it these, as the data set names them (`lens-ldm inspect`); what is not known of an image is left open"
+    )
+    dropout: Share = key(0.1, "of the images that are told nothing, for guidance and for samples of any kind")
+    subsets: float = key(
+        0.5, "share of the others that are told a random part, so that any part may be asked for", ge=0, le=1
+    )
+
+    @field_validator("parameters")
+    @classmethod
+    def _once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        twice = [name for name, n in Counter(names).items() if n > 1]
+        return _check(names, not twice, f"{', '.join(twice)} is there twice")
+
+
 class Sampling(Block):
     sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp3", "unipc", "heun", "ab2", "ab3"] = key(
         "ab2", "of previews; published as the default"
@@ -341,6 +376,17 @@ class Sampling(Block):
     tune: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Strict(False)] = key(
         (), "after training, fit the grid of the sampler for each of these numbers of evaluations"
     )
+    guidance: float = key(
+        1.0, "away from what the network says without its condition; 1: none, and costs nothing", ge=0
+    )
+    guidance_interval: Interval = key(
+        (0.0, 1.0), "guide where sigma / (alpha + sigma) is within: 0 is data, 1 is noise"
+    )
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _rises(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        return _check(interval, interval[0] <= interval[1], "must be two numbers that rise")
 
     @field_validator("eta")
     @classmethod
@@ -469,11 +515,19 @@ class Stage2(_Run):
     autoencoder: str = key(..., "folder of a stage-1 run or model, or `pixels`", min_length=1)
     backbone: Annotated[UNet | DiT | UViT | KarrasUNet | Custom, Field(discriminator="name")] = UNet()
     diffusion: Diffusion = Diffusion()
+    condition: Condition = Condition()
     sampling: Sampling = Sampling()
     optimizer: Optimizer = Optimizer()
     ema: EMA = EMA()
     trainer: Trainer = Trainer()
     logger: Logger = Logger()
+
+    @field_validator("sampling")
+    @classmethod
+    def _can_be_guided(cls, sampling: Sampling, info: ValidationInfo) -> Sampling:
+        told = info.data.get("condition")
+        fine = sampling.guidance == 1 or told is None or getattr(told, "class") or told.parameters
+        return _check(sampling, bool(fine), "guidance needs a condition: set condition.class or condition.parameters")
 
 
 class Paths(Block):

@@ -41,12 +41,12 @@ from shared.evaluation import (
     compare,
     finite,
     halves,
+    lens_fitter,
     score_rows,
 )
 from shared.files import make_folder, write_atomically
 from shared.flops import flops
 from shared.metrics import fid
-from shared.metrics.lens_fit import LensFitter
 from shared.precision import autocast, check_device, choose_device
 from shared.report import save_picture
 from shared.simulate.images import observe, render
@@ -233,15 +233,8 @@ class LensShare:
     """
 
     def __init__(self, name: str, reference: LensImages, n: int) -> None:
-        preset = Preset.load(name)
-        if reference.image_shape != (1, preset.pixels, preset.pixels):
-            made = (1, preset.pixels, preset.pixels)
-            raise UserError(f"--preset {name} makes images {made}, {reference.path} has {reference.image_shape}")
-        kind, classes = next(iter(preset.classes), None), reference.index.get("classes") or []
-        self.places = np.arange(len(reference))
-        if kind in classes:
-            self.places = np.flatnonzero(np.asarray(reference.index["labels"]) == classes.index(kind))
-        self.preset, self.n, self.fitter = name, n, LensFitter(preset, kind=kind)
+        self.fitter, of_kind = lens_fitter(name, reference)
+        self.preset, self.n, self.places = name, n, np.flatnonzero(of_kind)
         self.images: dict[str, list[Tensor]] = {}
 
     def add(self, indices: np.ndarray, **sets: Tensor) -> None:

@@ -1,5 +1,7 @@
 """A network made into a denoiser, D(x_t, t, cond) -> estimate of x_0, and the loss that trains it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -62,14 +64,18 @@ def min_snr(prediction: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tens
 class Denoiser(nn.Module):
     """backbone(x_t, t, cond) made into D(x_t, t, cond) -> x_0.
 
-    backbone           (N, c, h, w), (N,), (N, cond_dim + 1) or None -> (N, c, h, w). A conditional one has an attribute
-                       `cond_dim`, the width of what it receives: the condition, and a flag that says it is there
+    backbone           (N, c, h, w), (N,), (N, cond_dim) or None -> (N, c, h, w). A conditional one has an attribute
+                       `cond_dim`, the width of what it receives: the condition, and a flag for each group of it that says
+                       that it is there
     prediction         eps | x0 | v | velocity (flow only); see `target`
     time_distribution  of training: uniform, or logit_normal with the given mean and deviation (Esser et al. 2024,
                        §3.1); over 0 ... schedule.t_max, before the schedule's shift. On the flow schedule logit_normal
                        is EDM's log-normal sigma / alpha, of the same mean and deviation (Karras et al. 2022, Table 1)
     weighting          of the loss: uniform, or min_snr with gamma; see `min_snr`
-    cond_dropout       share of samples that lose their condition in `loss`, in training mode
+    groups             widths of the parts of a condition, side by side; a part that holds NaN is not known. None: one part
+    always             how many of the first parts no sample loses
+    cond_dropout       share of samples that lose all others in `loss`, in training mode
+    cond_subsets       share of the rest that keep each of them with a chance that is drawn for the sample
     """
 
     def __init__(
@@ -83,6 +89,9 @@ class Denoiser(nn.Module):
         cond_dropout: float = 0.1,
         weighting: str = "uniform",
         gamma: float = 5.0,
+        groups: Sequence[int] | None = None,
+        always: int = 0,
+        cond_subsets: float = 0.0,
     ):
         super().__init__()
         if prediction not in ("eps", "x0", "v", "velocity"):
@@ -101,11 +110,17 @@ class Denoiser(nn.Module):
             )
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
         self.time_distribution, self.time_mean, self.time_std = time_distribution, time_mean, time_std
-        self.cond_dropout, self.weighting, self.gamma = cond_dropout, weighting, gamma
-        self.cond_dim = max(getattr(backbone, "cond_dim", 0) - 1, 0)
+        self.cond_dropout, self.cond_subsets, self.always = cond_dropout, cond_subsets, always
+        self.weighting, self.gamma = weighting, gamma
+        if groups is None:
+            groups = [width for width in [getattr(backbone, "cond_dim", 0) - 1] if width > 0]
+        self.groups, self.cond_dim = groups, sum(groups)
+        self.group_of: Tensor  # of each number of a condition
+        places = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups, dtype=torch.long))
+        self.register_buffer("group_of", places, persistent=False)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Estimate of x_0, float32, the shape of x_t (N, c, h, w), at times t (N,). cond (N, d), or None for any."""
+        """Estimate of x_0, float32, the shape of x_t (N, c, h, w), at times t (N,). cond (N, d), NaN for any; None for all NaN."""
         alpha, sigma = self.schedule(t)
         out = self.backbone(x_t, t, self._flagged(cond, x_t)).float()
         return to_x0(self.prediction, out, x_t.float(), alpha, sigma)
@@ -119,10 +134,9 @@ class Denoiser(nn.Module):
         t = self._draw_times(len(x_0), x_0.device)
         eps = torch.randn_like(x_0)
         alpha, sigma = self.schedule(t)
-        keep = None
         if cond is not None and self.training:
-            keep = torch.rand(len(x_0), 1, device=x_0.device) >= self.cond_dropout
-        out = self.backbone(alpha * x_0 + sigma * eps, t, self._flagged(cond, x_0, keep)).float()
+            cond = self._dropped(cond)
+        out = self.backbone(alpha * x_0 + sigma * eps, t, self._flagged(cond, x_0)).float()
         error = (out - target(self.prediction, x_0, eps, alpha, sigma)).square().flatten(1).mean(1)
         if self.weighting == "min_snr":
             error = error * min_snr(self.prediction, alpha, sigma, self.gamma).flatten()
@@ -135,11 +149,20 @@ class Denoiser(nn.Module):
             u = torch.sigmoid(self.time_mean + self.time_std * torch.special.ndtri(u))
         return self.schedule.t_max * u
 
-    def _flagged(self, cond: Tensor | None, like: Tensor, keep: Tensor | None = None) -> Tensor | None:
-        """(N, d + 1): the condition and a one where it is given, all zeros where it is not, which no condition is."""
+    def _dropped(self, cond: Tensor) -> Tensor:
+        """cond (N, d) as a step of training tells it: some samples lose all of it, others a random part."""
+        n, parts = len(cond), len(self.groups) - self.always
+        draw = torch.rand(n, parts + 3, device=cond.device)
+        keep = (draw[:, 3:] < draw[:, 2:3]) | (draw[:, 1:2] >= self.cond_subsets)
+        keep &= draw[:, :1] >= self.cond_dropout
+        keep = torch.cat([keep.new_ones(n, self.always), keep], 1)
+        return cond.masked_fill(~keep[:, self.group_of], torch.nan)
+
+    def _flagged(self, cond: Tensor | None, like: Tensor) -> Tensor | None:
+        """(N, d + groups): the condition, and a one for each part that is known; zeros where it is not."""
         if cond is None:
-            return like.new_zeros(len(like), self.cond_dim + 1) if self.cond_dim else None
+            return like.new_zeros(len(like), self.cond_dim + len(self.groups)) if self.cond_dim else None
         if cond.shape != (len(like), self.cond_dim):
             raise ValueError(f"a condition here is ({len(like)}, {self.cond_dim}), got {tuple(cond.shape)}")
-        flagged = torch.cat([cond.float(), torch.ones_like(cond[:, :1], dtype=torch.float32)], 1)
-        return flagged if keep is None else flagged * keep
+        known = torch.stack([part.isfinite().all(1) for part in cond.split(list(self.groups), 1)], 1)
+        return torch.cat([cond.float().where(known[:, self.group_of], 0.0), known.float()], 1)

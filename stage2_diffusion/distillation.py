@@ -38,6 +38,10 @@ def distill(config: Distill, resume: str = "auto") -> Path:
     teacher.precision = precision
     if before := teacher.config.get("distilled"):
         raise UserError(f"{config.teacher} is distilled itself and has no paths to learn: give its teacher, {before}")
+    if teacher.conditions.entries:
+        raise UserError(
+            f"{config.teacher} can be asked for lenses, which a student would forget: give one without conditions"
+        )
     made_from = {"teacher": fingerprint(config.teacher)}
     run = Run(config, resume)
     if run.is_complete(made_from):

@@ -4,7 +4,9 @@ lens-ldm evaluate checkpoints/unet --reference data/lenses --count 500
 python stage2_diffusion/evaluate.py checkpoints/unet --reference data/lenses --count 500
 
 The test split gives two disjoint halves of COUNT images: the reference, and the other half, whose distance to the
-reference is the floor that no generator can be expected to beat, and whose reconstructions show what stage 1 costs.
+reference is the floor that no generator can be expected to beat, and whose reconstructions show what stage 1 costs. A
+conditional model is asked for the lenses of the other half; --fit measures whether it gives them: the parameters of what it
+draws, by a lens fit, beside those of the real images and of their reconstructions, fitted likewise.
 Writes metrics.json and report.html.
 """
 
@@ -12,6 +14,7 @@ import argparse
 import json
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared.checkpoint import versions
-from shared.cli import guard
+from shared.cli import guard, positive
 from shared.data.cache import LensImages
+from shared.data.formats import CONDITION
 from shared.data.normalise import PixelTransform, hint
 from shared.errors import UserError
 from shared.evaluation import (
@@ -36,18 +40,24 @@ from shared.evaluation import (
     compare,
     finite,
     halves,
+    lens_fitter,
     physics_rows,
     score_rows,
     spectra,
 )
 from shared.files import make_folder, write_atomically
 from shared.metrics import fid
+from shared.metrics.lens_fit import LensFitter
+from shared.metrics.obedience import obedience
 from shared.precision import check_device
 from shared.report import Report, grid, loss_curves
+from shared.simulate.preset import AXES
+from stage2_diffusion.conditions import CLASS
 from stage2_diffusion.generator import Generator
-from stage2_diffusion.sample import SETTINGS, add_settings, chosen_settings, draw, seed_range
+from stage2_diffusion.sample import GUIDANCE, SETTINGS, add_settings, chosen_settings, draw, seed_range
 
 SHOWN = 24
+LOOSE = 5.0  # degrees: angles with larger errors of their fit are not compared
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,41 +68,63 @@ def main(argv: list[str] | None = None) -> None:
     add_options(parser)
     parser.add_argument("--samples", type=Path, help="samples.npz of this model, instead of drawing new ones")
     parser.add_argument("--seed", type=int, help="of the first sample (default: 0)")
+    parser.add_argument(
+        "--fit", type=positive, metavar="N", help="fit lens models to N images of each kind; 0.4 s each on a CPU"
+    )
+    parser.add_argument("--preset", default="deeplense", help="of those lens models (default %(default)s)")
     add_settings(parser)
     a = parser.parse_args(argv)
 
-    if a.samples and (given := [k for k in ("seed", *SETTINGS) if getattr(a, k) is not None]):
+    if a.samples and (given := [k for k in ("seed", *SETTINGS, *GUIDANCE) if getattr(a, k) is not None]):
         raise UserError(f"--{given[0]} says how to draw samples, and --samples brings them: give one of the two")
     # Whatever can be wrong is found before the first minute of work.
     networks = chosen_networks(a)
     generator = Generator.from_pretrained(a.model, check_device(a.device), a.trust)
     reference = LensImages(a.reference)
     count = check_reference(generator.autoencoder, reference, a.reference, a.count, generator.config["data"]["name"])
+    fitter, of_kind = lens_fitter(a.preset, reference) if a.fit else (None, np.array([]))
     out = a.out or Path(a.model) / "evaluation"
     make_folder(out)
+    other = halves(reference, count)[1]
     if a.samples:
-        samples, sampling = read_samples(a.samples, count, generator)
+        samples, sampling, asked = read_samples(a.samples, count, generator)
     else:
-        sampling = chosen_settings(a, generator)
-        samples = draw(generator, seed_range(a.seed or 0, count), **sampling)
+        asked = generator.conditions.of(reference, other)
+        if missing := [name for name in generator.conditions.names if name not in asked]:
+            print(f"{a.reference} knows no {', '.join(missing)}: the samples may have any", file=sys.stderr)
+        sampling = chosen_settings(a, generator, asked=asked)
+        samples = draw(generator, seed_range(a.seed or 0, count), cond=asked, **sampling)
 
     metrics, sets, measured = evaluate(generator, reference, samples, networks)
+    if fitter is not None:
+        truth = {name: np.array(v["values"], float)[other] for name, v in reference.index.get("parameters", {}).items()}
+        kind = next(iter(fitter.preset.classes), None)
+        chosen = np.flatnonzero(of_kind[other])[: a.fit]
+        of_asked = asked[CLASS] == kind if CLASS in asked and kind in asked[CLASS] else np.ones(count, bool)
+        if not len(chosen) or not of_asked.any():
+            raise UserError(f"--fit: none of the images is of the first class of preset {a.preset}")
+        metrics["lens_fits"] = {
+            name: fit(fitter, sets[name][places], {key: values[places] for key, values in told.items()})
+            for name, places, told in (
+                ("real", chosen, truth),
+                ("reconstructions", chosen, truth),
+                ("samples", np.flatnonzero(of_asked)[: a.fit], asked),
+            )
+        }
     metrics |= {"model": a.model, "reference": str(a.reference), "sampling": sampling, "versions": versions()}
     write_atomically(out / "metrics.json", (json.dumps(finite(metrics), indent=1, allow_nan=False) + "\n").encode())
     report(generator, metrics, sets, measured, Path(a.model)).write(out / "report.html")
-    print(
-        "\n".join(
-            " ".join(f"{cell:>20}" if k else f"{cell:34}" for k, cell in enumerate(row)) for row in score_rows(metrics)
-        )
-    )
+    for rows in (score_rows(metrics), fit_rows(metrics.get("lens_fits"))):
+        print("\n".join(" ".join(f"{x:>24}" if k else f"{x:34}" for k, x in enumerate(row)) for row in rows))
     print(f"{out / 'metrics.json'}, {out / 'report.html'}")
 
 
-def read_samples(path: Path, count: int, generator: Generator) -> tuple[Tensor, dict[str, Any]]:
-    """The first `count` images of a samples.npz that this very model has drawn, and how it drew them."""
+def read_samples(path: Path, count: int, generator: Generator) -> tuple[Tensor, dict[str, Any], dict[str, np.ndarray]]:
+    """The first `count` images of a samples.npz that this very model has drawn, how it drew them and what was asked for."""
     try:
         with np.load(path, allow_pickle=False) as file:
             images, metadata = file["images"], json.loads(str(file["metadata"]))
+            asked = {n: file[CONDITION + n][:count] for n in generator.conditions.names if CONDITION + n in file}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no samples.npz of `lens-ldm sample` ({error}): draw the samples again") from error
     if metadata.get("weights_sha256") != generator.config["sha256"]:
@@ -101,7 +133,42 @@ def read_samples(path: Path, count: int, generator: Generator) -> tuple[Tensor, 
         raise UserError(f"{path} holds clean images, which real ones are not: draw the samples without --clean")
     if len(images) < count:
         raise UserError(f"{path} holds {len(images)} samples, {count} are to be scored: draw more, or lower --count")
-    return torch.from_numpy(images[:count]), {k: metadata.get(k) for k in (*SETTINGS, "times", "lenses_per_second")}
+    sampling = {k: metadata.get(k) for k in (*SETTINGS, *GUIDANCE, "guide", "times", "lenses_per_second")}
+    return torch.from_numpy(images[:count]), sampling, asked
+
+
+def fit(fitter: LensFitter, images: Tensor, truth: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Lens fits of images (N, C, H, W): how many are lenses at the level of their noise, and how far their parameters are
+    from the truth, {name: (N,)}, where there is one."""
+    fits = fitter.fit(images, progress=True)
+    parameters = {}
+    for name, values in fits.parameters.items():
+        if name in truth:
+            axis = name in AXES
+            # What is almost round has no angle, whatever was asked for.
+            known = np.where(fits.errors[name] < LOOSE, values, np.nan) if axis else values
+            parameters[name] = obedience(np.asarray(truth[name], float), known, axis)._asdict()
+    return {
+        "n": len(fits), "share": float(fits.consistent().mean()), "chi2": float(np.median(fits.chi2)),
+        "parameters": parameters,
+    }  # fmt: skip
+
+
+def fit_rows(fits: dict[str, Any] | None) -> list[list[str]]:
+    """The tables of lens fits, header first; empty where there are none."""
+    if not fits:
+        return []
+    rows = [
+        ["lens fits", *fits],
+        ["lenses at the noise level", *(f"{one['share']:.0%} of {one['n']}" for one in fits.values())],
+    ]
+    for name in fits["real"]["parameters"]:
+        found = [one["parameters"].get(name) for one in fits.values()]
+        rows.append([
+            f"{name}: bias ± scatter, R²",
+            *(f"{s['bias']:.3f} ± {s['scatter']:.3f}, {s['r2']:.3f}" if s and s["n"] else "-" for s in found),
+        ])  # fmt: skip
+    return rows
 
 
 def evaluate(
@@ -175,6 +242,12 @@ def report(
     page.table(header, rows)
     page.picture(spectra({k: one for k, one in measured.items() if k != "reference"}), "power spectra and pixel values")
 
+    if rows := fit_rows(metrics.get("lens_fits")):
+        page.section(
+            "Lens fits",
+            "Parameters by a lens fit against the true ones of real images and of their reconstructions, and against those "
+            "that samples were asked for: median and robust standard deviation of the difference, share of the variance found.",
+        ).table(rows[0], rows[1:])
     runs = {"stage 2": model / "metrics.csv"}
     if config["training"]["autoencoder"] != "pixels":
         runs = {"stage 1": Path(config["training"]["autoencoder"]) / "metrics.csv", **runs}

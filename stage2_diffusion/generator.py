@@ -5,8 +5,7 @@ for seeds, images in generator.sample(range(64)):
     ...
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ from shared.errors import UserError
 from shared.precision import autocast, choose_device
 from shared.registry import build, resolve
 from stage2_diffusion import custom
+from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
-from stage2_diffusion.samplers import SeededNoise
+from stage2_diffusion.guidance import autoguidance, classifier_free
+from stage2_diffusion.samplers import Denoise, SeededNoise
 from stage2_diffusion.schedule import NoiseSchedule
 
 LATENT_NOISE, PIXEL_NOISE = 0, 1  # streams of a sample's seed, so that another sampler leaves the pixel noise alone
@@ -30,11 +31,9 @@ class Generator:
     """An autoencoder and a denoiser of its latents, ready to sample.
 
     precision   bf16 or fp32, as in training
-    defaults    sampler, steps, shift and eta that `sample` uses when it is not told; `grids`, {sampler: {steps: times}},
-                those that `lens-ldm tune-grid` has fitted to the model
-    conditions  what the denoiser's condition is made of, {name: width}, side by side. `orientation` says how a training
-                image was turned; samples are always asked for as the data have them, so that no turn leaks into them
-                (Karras et al. 2022, arXiv 2206.00364, §F.2)
+    defaults    sampler, steps, shift, eta, guidance and its interval that `sample` uses when it is not told; `grids`,
+                {sampler: {steps: times}}, those that `lens-ldm tune-grid` has fitted to the model
+    conditions  what lenses can be asked for
     """
 
     def __init__(
@@ -43,11 +42,12 @@ class Generator:
         denoiser: Denoiser,
         precision: str = "fp32",
         defaults: dict[str, Any] | None = None,
-        conditions: dict[str, int] | None = None,
+        conditions: Conditions | None = None,
     ) -> None:
         self.autoencoder, self.denoiser, self.precision = autoencoder.eval(), denoiser.eval(), precision
-        self.defaults = {"sampler": "ddim", "steps": 50, "shift": 1.0, "eta": 0.0, "grids": {}, **(defaults or {})}
-        self.conditions = conditions or {}
+        own: dict[str, Any] = {"sampler": "ddim", "steps": 50, "shift": 1.0, "eta": 0.0, "grids": {}}
+        self.defaults = own | {"guidance": 1.0, "guidance_interval": (0.0, 1.0)} | (defaults or {})
+        self.conditions = conditions or Conditions()
         self.config: dict[str, Any] = {}
 
     @classmethod
@@ -64,7 +64,7 @@ class Generator:
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         autoencoder = build_autoencoder(config["autoencoder"], parts["autoencoder"])
-        conditions = config.get("conditions", {})  # models from before there were any have none
+        conditions = Conditions.from_config(config.get("conditions", {}))  # models from before there were any have none
         denoiser = build_denoiser(config["backbone"], config["diffusion"], autoencoder.latent_shape, conditions)
         fill(denoiser, parts["denoiser"], "denoiser")
         generator = cls(
@@ -111,13 +111,16 @@ class Generator:
     def sample(
         self,
         seeds: Iterable[int],
-        cond: Tensor | None = None,
+        cond: Mapping[str, Any] | None = None,
         *,
         sampler: str | None = None,
         steps: int | None = None,
         shift: float | None = None,
         eta: float | None = None,
         times: Sequence[float] | None = None,
+        guidance: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        guide: "Generator | None" = None,
         observed: bool = True,
         latents: bool = False,
         batch_size: int = 64,
@@ -127,10 +130,13 @@ class Generator:
 
         An image depends on its own seed alone: on no other, nor on its place in a batch (to rounding).
 
-        cond      (len(seeds), d) or None: the conditions beside `orientation`
+        cond      {"theta_E": 1.2, "class": "sphere"}: a value, or one for each seed, NaN where it may be any; see
+                  `conditions.entries` for what there is
         shift     of the grid of times; above 1: shorter steps at high noise
         eta       of `ddim`
         times     another grid, falling from `t_max` of the schedule to 0; see `settings`
+        guidance  1: none. Otherwise away from what `guide` says, a weaker model of the same latents, or else from what the
+                  model says when nothing is asked for, see stage2_diffusion/guidance.py; the interval likewise
         observed  False: the clean light, without pixel noise
         latents   True: yield the latents, not decoded
         options   of the sampler
@@ -143,14 +149,22 @@ class Generator:
             options["times"] = self.denoiser.schedule.times(steps, how["shift"])
         if how["eta"]:
             options["eta"] = how["eta"]
-        remaining, done = iter(seeds), 0
-        while chunk := list(islice(remaining, batch_size)):
-            conditions = self.condition(len(chunk), None if cond is None else cond[done : done + len(chunk)])
-            done += len(chunk)
-
-            def denoise(x_t: Tensor, t: Tensor, conditions: Tensor | None = conditions) -> Tensor:
-                return self.denoiser(x_t.contiguous(memory_format=torch.channels_last), t, conditions)
-
+        weight = self.require_guidance(guidance, guide, bool(cond))
+        interval = guidance_interval or self.defaults["guidance_interval"]
+        seeds = list(seeds)
+        conditions = self.condition(len(seeds), cond)
+        shared = {k: v for k, v in (cond or {}).items() if guide is not None and k in guide.conditions.names}
+        guides = None if guide is None else guide.condition(len(seeds), shared)
+        for start in range(0, len(seeds), batch_size):
+            chunk = seeds[start : start + batch_size]
+            told, told_guide = (None if c is None else c[start : start + len(chunk)] for c in (conditions, guides))
+            denoise = self.denoise(told)
+            if guide is not None:
+                denoise = autoguidance(denoise, guide.denoise(told_guide), self.denoiser.schedule, weight, interval)
+            elif told is not None and weight != 1:
+                nothing = self.condition(len(chunk))
+                assert nothing is not None
+                denoise = classifier_free(self._denoise, self.denoiser.schedule, told, nothing, weight, interval)
             with autocast(self.device, self.precision):
                 noise = SeededNoise(chunk, self.device, stream=LATENT_NOISE)
                 x_0 = run(denoise, self.denoiser.schedule, noise, self.autoencoder.latent_shape, steps, **options)
@@ -158,12 +172,39 @@ class Generator:
                 images = x_0 if latents else self.autoencoder.decode(x_0, observed=observed, generator=pixel_noise)
             yield chunk, images.float()
 
-    def condition(self, n: int, cond: Tensor | None = None) -> Tensor | None:
-        """The whole condition of n lenses as the data have them turned: label 0, then `cond` (n, d)."""
-        parts = [] if cond is None else [cond.to(self.device)]
-        if labels := self.conditions.get("orientation", 0):
-            parts.insert(0, orientations(labels)[:1].to(self.device).expand(n, -1))
-        return torch.cat(parts, 1) if parts else None
+    def condition(self, n: int, cond: Mapping[str, Any] | None = None) -> Tensor | None:
+        """The whole condition (n, d) of lenses as the data have them turned, with `cond` as `sample` takes it."""
+        vector = self.conditions.vector(n, cond)
+        return None if vector is None else vector.to(self.device)
+
+    def denoise(self, condition: Tensor | None) -> Denoise:
+        """The denoiser under a condition (N, d), as a sampler takes it."""
+        return lambda x_t, t: self._denoise(x_t, t, condition)
+
+    def _denoise(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        return self.denoiser(x_t.contiguous(memory_format=torch.channels_last), t, condition)
+
+    def require_guidance(self, guidance: float | None, guide: "Generator | None", asked: bool) -> float:
+        """The weight of the guidance, the model's own where none is given. UserError if there is nothing to guide by, or if
+        the guide denoises other latents, or along another schedule."""
+        if guide is None:
+            weight = guidance if guidance is not None else self.defaults["guidance"] if asked else 1.0
+            if weight != 1 and not asked:
+                raise UserError(
+                    "guidance needs a condition, such as theta_E, or a weaker model to be guided by (--guide)"
+                )
+            return weight
+        if guidance is None:
+            raise UserError("a guide needs a weight, such as --guidance 1.5")
+        mine, theirs = self.autoencoder.state_dict(), guide.autoencoder.state_dict()
+        if mine.keys() != theirs.keys() or any(not torch.equal(v.cpu(), theirs[k].cpu()) for k, v in mine.items()):
+            raise UserError(
+                "the guide has another autoencoder, so its latents mean other things: train it on the same stage 1"
+            )
+        schedules = [generator.denoiser.schedule for generator in (self, guide)]
+        if len({(schedule.name, schedule.shift) for schedule in schedules}) > 1:
+            raise UserError("the guide was trained on another noise schedule (diffusion.schedule, diffusion.shift)")
+        return guidance
 
     def images(self, seeds: Iterable[int], **options: Any) -> Tensor:
         """All of `sample` at once, on the CPU: (N, C, H, W)."""
@@ -178,19 +219,11 @@ class Generator:
             return self.autoencoder.decode(latents, observed=observed, generator=generators).float().cpu()
 
 
-def orientations(labels: int) -> Tensor:
-    """(labels, labels): the condition of each label, one-hot with the mean square of a standardised parameter.
-
-    With entries of 0 and 1 a network takes up to twice as many steps to heed them (DiT, 8 labels, 400 against 200).
-    """
-    return labels**0.5 * torch.eye(labels)
-
-
 def build_denoiser(
     backbone: dict[str, Any],
     diffusion: dict[str, Any],
     latent_shape: tuple[int, int, int],
-    conditions: dict[str, int] | None = None,
+    conditions: Conditions | None = None,
 ) -> Denoiser:
     """The `backbone` and `diffusion` blocks of a config -> a denoiser of latents of that shape, under these conditions."""
     d = {"zero_terminal": None, **diffusion}  # models from before a key was there have its default
@@ -199,7 +232,17 @@ def build_denoiser(
         d["zero_terminal"] = d["prediction"] != "eps"
     schedule = NoiseSchedule(d["schedule"], zero_terminal=d["zero_terminal"], shift=d["shift"])
     training = {key: d[key] for key in ("time_mean", "time_std", "weighting", "gamma") if key in d}
-    width = sum((conditions or {}).values())
-    network = build("backbone", backbone, latent_shape=latent_shape, cond_dim=width + 1 if width else 0)  # + its flag
-    # How an image was turned is told for every image: a sample that may come out turned is what the label is against.
-    return Denoiser(network, schedule, d["prediction"], d["time"], cond_dropout=0.0, **training)
+    told = conditions or Conditions()
+    width = sum(told.groups) + len(told.groups)  # with their flags
+    return Denoiser(
+        build("backbone", backbone, latent_shape=latent_shape, cond_dim=width),
+        schedule,
+        d["prediction"],
+        d["time"],
+        groups=told.groups,
+        # How an image was turned is told for every image: a sample that may come out turned is what the label is against.
+        always=int(told.labels > 0),
+        cond_dropout=told.dropout,
+        cond_subsets=told.subsets,
+        **training,
+    )

@@ -1,15 +1,17 @@
 """Stage 2 for Lightning: denoise latents that were encoded once, draw a few lenses now and then."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from shared.autoencoder import Autoencoder
 from shared.report import save_grid
 from shared.training import StageModule
+from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.generator import Generator
 
@@ -30,10 +32,11 @@ class DiffusionModule(StageModule):
         chances: Sequence[float],
         held_out: Tensor,
         precision: str,
-        conditions: dict[str, int],
+        conditions: Conditions,
+        held_out_known: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         super().__init__(config, network, batches, count, chances)
-        self.held_out, self.conditions = held_out, conditions
+        self.held_out, self.conditions, self.known = held_out, conditions, held_out_known or {}
         # In a tuple, so that Lightning neither trains, moves nor saves what is frozen.
         self.frozen = (autoencoder,)
         self.sampling_precision = precision
@@ -56,7 +59,7 @@ class DiffusionModule(StageModule):
         )
         with torch.random.fork_rng(devices=[]), self.trainer.precision_plugin.forward_context():
             x_0 = self.held_out.to(self.device)
-            cond = generator.condition(len(x_0))
+            cond = generator.condition(len(x_0), self.known)
             for k in range(LEVELS):
                 torch.manual_seed(k)  # the same noise at every validation: what changes is the model
                 eps, t = torch.randn(x_0.shape).to(x_0), torch.full((len(x_0),), (k + 0.5) / LEVELS, device=x_0.device)
@@ -65,7 +68,9 @@ class DiffusionModule(StageModule):
                 metrics[f"x0_error_t{(k + 0.5) / LEVELS:.2f}"] = float(error)
         metrics["x0_error"] = sum(metrics.values()) / LEVELS
         if folder is not None:
-            images = generator.images(range(PREVIEWS))
+            n = min(PREVIEWS, len(self.held_out)) if self.known else PREVIEWS
+            asked = {name: values[:n] for name, values in self.known.items()}  # of the first held-out images
+            images = generator.images(range(n), cond=asked)
             title = (
                 f"step {self.trainer.global_step}: {self.config.sampling.steps} steps of {self.config.sampling.sampler}"
             )

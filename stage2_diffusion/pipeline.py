@@ -18,9 +18,10 @@ from shared.precision import autocast, choose_device, resolve_precision
 from shared.run import Run, is_main_process
 from shared.schema import Custom, Stage2
 from shared.training import fit
+from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.custom import trust
 from stage2_diffusion.denoiser import Denoiser
-from stage2_diffusion.generator import Generator, build_denoiser, orientations
+from stage2_diffusion.generator import Generator, build_denoiser
 from stage2_diffusion.grids import tune
 from stage2_diffusion.module import DiffusionModule
 
@@ -34,6 +35,8 @@ def train(config: Stage2, resume: str = "auto") -> Path:
     images = LensImages(config.data.path)
     autoencoder, autoencoder_config = load_autoencoder(config.autoencoder, images.image_shape, images.transform)
     turned = turns(images, config.data.augment)
+    blocks = to_dict(config)
+    conditions = Conditions.learn(blocks["condition"], images, images.split("train"), turned)
     made_from = {"data": images.fingerprint, "autoencoder": fingerprint(config.autoencoder), **turned.fingerprint}
     run = Run(config, resume)
     if run.is_complete(made_from):
@@ -45,16 +48,15 @@ def train(config: Stage2, resume: str = "auto") -> Path:
         raise UserError(f"{config.data.path} has {len(images)} images, none of them for validation: prepare more")
     if config.autoencoder == "pixels":
         autoencoder.fit_latents(images.batches(train_split))
-    batches = turned_latents(autoencoder, images, train_split, turned, config, precision)
+    batches = turned_latents(autoencoder, images, train_split, turned, conditions, config, precision)
     held_out = encode(autoencoder, images, held_out_split, config, precision)
 
     torch.manual_seed(config.seed)
-    blocks = to_dict(config)
-    conditions = {"orientation": max(turned.labels) + 1} if max(turned.labels) else {}
     network = build_denoiser(blocks["backbone"], blocks["diffusion"], autoencoder.latent_shape, conditions)
     module = DiffusionModule(
-        config, network, autoencoder, batches, len(train_split), turned.chances, held_out, precision, conditions
-    )
+        config, network, autoencoder, batches, len(train_split), turned.chances, held_out, precision, conditions,
+        conditions.of(images, held_out_split),
+    )  # fmt: skip
     fit(module, run, made_from)
     if is_main_process():
         finish(module, autoencoder, autoencoder_config, images, run, precision, made_from)
@@ -66,11 +68,12 @@ def turned_latents(
     images: LensImages,
     indices: np.ndarray,
     turns: Turns,
+    conditions: Conditions,
     config: Stage2,
     precision: str,
 ) -> Callable[[Tensor], Tensor | tuple[Tensor, ...]]:
-    """Index i + k n (N,) -> latents (N, c, h, w) of image i of n, turned by the k-th element; where there is more than
-    one label, a tuple of them and the labels as a condition (N, labels).
+    """Index i + k n (N,) -> latents (N, c, h, w) of image i of n, turned by the k-th element; where there are conditions,
+    a tuple of them and the condition (N, d) of the turned images.
 
     An encoder does not turn its latents as its images turn, so each element has latents of its own: 4.5 kB an image and
     element at 15×15×5, 270 MB for all eight of 7,500. Pixels are turned when they are drawn.
@@ -87,10 +90,14 @@ def turned_latents(
         def turned(places: Tensor) -> Tensor:
             return latents[places]
 
-    if not max(turns.labels):
+    if not conditions.groups:
         return turned
-    conditions = orientations(max(turns.labels) + 1)[turns.labels]
-    return lambda places: (turned(places), conditions[places // count])
+    told = [
+        conditions.vector(count, conditions.of(images, indices, element), label)
+        for element, label in zip(turns.elements, turns.labels, strict=True)
+    ]
+    table = torch.cat([part for part in told if part is not None])
+    return lambda places: (turned(places), table[places])
 
 
 @torch.no_grad()
@@ -141,7 +148,7 @@ def finish(
         "backbone": config["backbone"],
         "diffusion": config["diffusion"],
         "sampling": config["sampling"] | {"grids": {sampling.sampler: fitted} if fitted else {}},
-        "conditions": module.conditions,
+        "conditions": module.conditions.to_config(),
         "precision": precision,
         "data": {"name": images.name, "images": len(images.split("train"))},
         "fingerprint": made_from,
@@ -153,13 +160,15 @@ def finish(
 
 def card(published: dict) -> str:
     t, backbone = published["training"], published["backbone"]
+    names = [entry["name"] for entry in published["conditions"].get("entries", [])]
+    asked = f"It can be asked for {', '.join(names)}: `lens-ldm sample FOLDER --help`.\n" if names else ""
     return f"""# {t["name"]}: generator (stage 2 of lens-ldm)
 
 A diffusion model (`{backbone.get("class_path", backbone["name"])}`, {published["diffusion"]["prediction"]} on the
 {published["diffusion"]["schedule"]} schedule) of the latents of `{t["autoencoder"]}`, trained for
 {t["trainer"]["max_steps"]} steps of {t["data"]["batch_size"]} on {published["data"]["images"]} images of
 `{published["data"]["name"]}`. The autoencoder is in the same file.
-
+{asked}
     lens-ldm sample FOLDER --count 64 --out samples
     lens-ldm evaluate FOLDER --reference data/NAME
 

@@ -5,64 +5,170 @@ python stage2_diffusion/sample.py checkpoints/unet --count 64 --seed 0 --steps 8
 
 Writes samples.npz (images, seeds, metadata as a JSON string; loads without pickle) and grid.png (the same metadata in
 its text chunk `parameters`). Lens k has the seed SEED + k, and is the same lens whatever else is drawn with it.
+
+A conditional model (configs/stage2/conditional.yaml) can be asked for lenses: `lens-ldm sample MODEL --help` says for which.
+lens-ldm sample checkpoints/conditional --theta-E 1.2 --x-s 0.1:0.3
+Of a range each lens draws its own value; what is not asked for may be anything. samples.npz holds what was asked for, an
+array `condition_NAME` each.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import re
+import sys
 import time
+from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.checkpoint import versions
+from shared.checkpoint import read_config, versions
 from shared.cli import guard, positive
+from shared.data.formats import CONDITION
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.files import make_folder
 from shared.precision import check_device
 from shared.registry import names
 from shared.report import save_grid
+from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.generator import Generator
 
 SHOWN = 64
-SETTINGS = ("sampler", "steps", "shift", "eta")  # of sampling; a model has its own defaults
+SETTINGS, GUIDANCE = (
+    ("sampler", "steps", "shift", "eta"),
+    ("guidance", "guidance_interval"),
+)  # a model has its own defaults
 SEEDS = 2**32  # what torch's CPU generator tells apart
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "lens-ldm sample", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("model", help="folder of a run or of a published model")
-    parser.add_argument("--count", type=positive, default=64, help="how many (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first (default %(default)s)")
-    add_settings(parser)
-    parser.add_argument("--clean", action="store_true", help="without pixel noise")
-    parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder (default %(default)s)")
-    a = parser.parse_args(argv)
-    seeds = seed_range(a.seed, a.count)
-    generator = Generator.from_pretrained(a.model, check_device(a.device), a.trust)
-    settings = chosen_settings(a, generator)
+    argv = _joined(sys.argv[1:] if argv is None else argv)
+    conditions = conditions_of_command(argv)
+    a, unknown = build_parser(conditions).parse_known_args(argv)
+    assert conditions is not None  # or else the parser had something to say
+    if unknown:
+        conditions.require(unknown[0].lstrip("-").partition("=")[0].replace("-", "_"))  # says what is wrong with it
+        raise UserError(f"{unknown[0]} is not understood: see `lens-ldm sample --help`")
+    if a.list_conditions:
+        print("\n".join(f"{entry.name:14} {entry}" for entry in conditions.entries) or f"{a.model} has no conditions")
+        return
+    table = conditions.read_table(a.conditions) if a.conditions else {}
+    rows = len(next(iter(table.values()), []))
+    if table and (a.count or rows) > rows:
+        raise UserError(f"{a.conditions} has {rows} lenses, --count asks for {a.count}: add some, or ask for fewer")
+    count = a.count or rows or 64
+    seeds = seed_range(a.seed, count)
+    texts = asked_for(a, conditions)
+    if twice := sorted(texts.keys() & table.keys()):
+        raise UserError(f"{twice[0]} is asked for by an option and in {a.conditions}: leave out one of the two")
+    asked = {name: values[:count] for name, values in table.items()}
+    asked |= {name: conditions.parse(name, text, seeds) for name, text in texts.items()}
+    for line in conditions.warnings(asked):
+        print(line, file=sys.stderr)
+    device = check_device(a.device)
+    generator = Generator.from_pretrained(a.model, device, a.trust)
+    guide = Generator.from_pretrained(a.guide, device, a.trust) if a.guide else None
+    settings = chosen_settings(a, generator, guide, asked)
     make_folder(a.out)
     started = time.perf_counter()
-    images = draw(generator, seeds, observed=not a.clean, batch_size=a.batch_size, **settings)
+    options = {**settings, "guide": guide, "cond": asked, "batch_size": a.batch_size}
+    images = draw(generator, seeds, observed=not a.clean, **options)
     seconds = time.perf_counter() - started
     metadata = {
         "model": str(a.model), "weights_sha256": generator.config["sha256"], **settings, "observed": not a.clean,
-        "first_seed": a.seed, "count": a.count, **generator.autoencoder.transform.to_config(),
-        "device": str(generator.device), "lenses_per_second": round(a.count / seconds, 2), "versions": versions(),
+        "first_seed": a.seed, "count": count, **generator.autoencoder.transform.to_config(),
+        "device": str(generator.device), "lenses_per_second": round(count / seconds, 2), "versions": versions(),
     }  # fmt: skip
-    save_samples(a.out, images, seeds, metadata)
+    if asked:
+        metadata["conditions"] = {**dict.fromkeys(table, str(a.conditions)), **texts}
+    if guide is not None:
+        metadata |= {"guide": str(a.guide), "guide_sha256": guide.config["sha256"]}
+    save_samples(a.out, images, seeds, metadata, asked)
     print(
-        f"{a.out / 'samples.npz'}, {a.out / 'grid.png'}: {a.count} lenses in {seconds:.1f} s ({a.count / seconds:.1f} a second)"
+        f"{a.out / 'samples.npz'}, {a.out / 'grid.png'}: {count} lenses in {seconds:.1f} s ({count / seconds:.1f} a second)"
     )
+
+
+def build_parser(conditions: Conditions | None) -> argparse.ArgumentParser:
+    """Of the command, with an option for each entry that a model can be asked for."""
+    parser = argparse.ArgumentParser(
+        "lens-ldm sample", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", help="folder of a run or of a published model")
+    parser.add_argument("--count", type=positive, help="how many (default: a lens each row of --conditions, or 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first (default %(default)s)")
+    add_settings(parser)
+    parser.add_argument("--guide", metavar="MODEL", help="a weaker model of the same stage 1 to be guided by")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="ask for it; as --NAME VALUE")
+    parser.add_argument(
+        "--conditions", type=Path, metavar="FILE.csv", help="ask for a lens a row; the first row has names"
+    )
+    parser.add_argument(
+        "--list-conditions", action="store_true", help="what MODEL can be asked for, with its range; no more"
+    )
+    parser.add_argument("--clean", action="store_true", help="without pixel noise")
+    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder (default %(default)s)")
+    if conditions is not None and conditions.entries:
+        group = parser.add_argument_group(
+            "what this model can be asked for", "a value, or LOW:HIGH; with the range in training"
+        )
+        for entry in conditions.entries:
+            # A name that an option has already is there by --set alone.
+            with contextlib.suppress(argparse.ArgumentError):
+                spellings = dict.fromkeys([f"--{entry.name.replace('_', '-')}", f"--{entry.name}"])
+                dest = CONDITION + entry.name
+                group.add_argument(*spellings, dest=dest, metavar="VALUE", help=str(entry).replace("%", "%%"))
+    return parser
+
+
+def conditions_of_command(argv: list[str]) -> Conditions | None:
+    """Of the model that a command line names; None if it names none, which is for the whole parser to say."""
+    parser = build_parser(None)
+    parser.error = _fail  # type: ignore[method-assign]
+    try:
+        a, _ = parser.parse_known_args([argument for argument in argv if argument not in ("-h", "--help")])
+    except UserError:
+        return None
+    return Conditions.from_config(read_config(a.model, "diffusion").get("conditions", {}))
+
+
+def _fail(message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """--x-s -0.3:0.3 as --x-s=-0.3:0.3: argparse would take the range for one more option."""
+    joined: list[str] = []
+    for token in argv:
+        if re.match(r"-[0-9.]", token) and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={token}"
+        else:
+            joined.append(token)
+    return joined
+
+
+def asked_for(options: argparse.Namespace, conditions: Conditions) -> dict[str, str]:
+    """What the options of a command line ask for, as it was written: {name: text}."""
+    texts = {name: getattr(options, CONDITION + name, None) or "" for name in conditions.names}
+    texts = {name: text for name, text in texts.items() if text}
+    for pair in options.set:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair}: expected NAME=VALUE")
+        if name in texts:
+            raise UserError(f"{name} is asked for twice, {texts[name]} and {text}: leave out one of the two")
+        conditions.require(name)
+        texts[name] = text
+    return texts
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -71,15 +177,24 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
     parser.add_argument("--shift", type=above_zero, help="of the grid of times; above 1: shorter steps at high noise")
     parser.add_argument("--eta", type=share, help="of ddim: 0 adds no noise on the way, 1 as much as ddpm")
+    parser.add_argument("--guidance", type=_weight, help="away from the model unasked, or from --guide; 1: none")
+    parser.add_argument(
+        "--guidance-interval", type=_interval, metavar="LOW,HIGH", help="of the share of noise, 0 to 1, where to guide"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
     parser.add_argument(
         "--trust", metavar="PACKAGE", help="whose code on this machine a model may run for its backbone"
     )
 
 
-def chosen_settings(options: argparse.Namespace, generator: Generator) -> dict[str, Any]:
-    """SETTINGS as given, or else the model's own; `times` is its fitted grid where that is used."""
-    return generator.settings(**{key: getattr(options, key) for key in SETTINGS})
+def chosen_settings(
+    options: argparse.Namespace, generator: Generator, guide: Generator | None = None, asked: Sized = ()
+) -> dict[str, Any]:
+    """SETTINGS and GUIDANCE as given, or else the model's own; `times` is its fitted grid where that is used."""
+    settings = generator.settings(**{key: getattr(options, key) for key in SETTINGS})
+    weight = generator.require_guidance(options.guidance, guide, len(asked) > 0)
+    interval = options.guidance_interval or generator.defaults["guidance_interval"]
+    return {**settings, "guidance": weight, "guidance_interval": interval}
 
 
 def seed_range(first: int, count: int) -> range:
@@ -98,7 +213,9 @@ def draw(generator: Generator, seeds: range, progress: bool = True, **options: A
     return torch.cat(parts)
 
 
-def save_samples(folder: Path, images: Tensor, seeds: range, metadata: dict[str, Any]) -> None:
+def save_samples(
+    folder: Path, images: Tensor, seeds: range, metadata: dict[str, Any], asked: Mapping[str, np.ndarray]
+) -> None:
     """samples.npz and grid.png; the old ones stay until the new ones are whole."""
     temporary = folder / ".samples.tmp.npz"
     try:
@@ -107,6 +224,7 @@ def save_samples(folder: Path, images: Tensor, seeds: range, metadata: dict[str,
             images=images.numpy(),
             seeds=np.asarray(seeds, np.int64),
             metadata=np.asarray(json.dumps(metadata)),
+            **{CONDITION + name: values for name, values in asked.items()},  # type: ignore[arg-type]
         )
         os.replace(temporary, folder / "samples.npz")
         shown = PixelTransform.from_config(metadata).unit(images[:SHOWN])
@@ -115,6 +233,23 @@ def save_samples(folder: Path, images: Tensor, seeds: range, metadata: dict[str,
         raise UserError(f"cannot write the samples to {folder}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _weight(text: str) -> float:
+    number = _number(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or above")
+    return number
+
+
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH with 0 <= LOW <= HIGH <= 1")
+    return low, high
 
 
 def above_zero(text: str) -> float:

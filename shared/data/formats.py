@@ -35,6 +35,7 @@ MAX_CHANNELS = 4
 MAX_PIXELS = 1 << 26  # of one image, channels included: 8192 x 8192, a quarter of a gigabyte as float32
 MAX_HELD = 1 << 30  # bytes of a file held in memory at once, where its format or an archive leaves no other way
 BLOCK = 1 << 24  # bytes read at once from a file of many images
+CONDITION = "condition_"  # before the name of what lenses were asked to be, in samples.npz of `lens-ldm sample`
 UNITS = {"axion_mass": "eV"}  # of the parameters that files hold beside their images
 EVERY = "*"  # the key of all arrays of a file
 

@@ -6,7 +6,7 @@ The eight symmetries of the square have names; rows run down, columns to the rig
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -22,6 +22,7 @@ from shared.errors import UserError
 from shared.files import write_atomically
 from shared.metrics.two_sample import Described, Paired, Stretch, describe, holm, paired_test
 from shared.run import is_main_process
+from shared.simulate.preset import AXES, PLACES
 
 FORMAT = 1
 FILE = "symmetries.json"
@@ -58,6 +59,32 @@ def apply_each(images: Tensor, elements: Sequence[str], drawn: Tensor) -> Tensor
         if element != "identity" and bool(chosen.any()):
             turned = turned.clone() if turned is images else turned
             turned[chosen] = apply(images[chosen], element)
+    return turned
+
+
+def apply_to_parameters(parameters: Mapping[str, np.ndarray], element: str) -> dict[str, np.ndarray]:
+    """{name: (N,)} of lenses -> those of their images turned by an element: angles of axes and places turn, too.
+
+    Of a place whose other coordinate is not there, what an element would make of it is NaN.
+    """
+    if element == "identity":
+        return dict(parameters)
+    swapped, reversed_axes = _MOVES[element]
+
+    def turn(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        x, y = (-y, -x) if swapped else (x, y)  # rows run down, y upwards
+        return -x if -1 in reversed_axes else x, -y if -2 in reversed_axes else y
+
+    turned = dict(parameters)
+    for name in AXES:
+        if name in parameters:
+            angle = np.deg2rad(parameters[name])
+            x, y = turn(np.cos(angle), np.sin(angle))
+            turned[name] = np.rad2deg(np.arctan2(y, x)) % 180
+    for pair in PLACES:
+        if known := [parameters[name] for name in pair if name in parameters]:
+            x, y = (parameters.get(name, np.full(len(known[0]), np.nan)) for name in pair)
+            turned |= {name: at for name, at in zip(pair, turn(x, y), strict=True) if name in parameters}
     return turned
 
 

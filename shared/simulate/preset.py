@@ -28,6 +28,10 @@ UNITS |= {"I_s": "counts/s/pixel", "magnitude_s": "mag", "q_l": "", "PA_l": "deg
 UNITS |= {"R_light": "arcsec", "q_light": "", "PA_light": "deg", "n_light": "", "I_light": "counts/s/pixel"}
 UNITS |= {"magnitude_light": "mag", "N_p": "", "mass_p": "Msun", "x_v": "arcsec", "y_v": "arcsec", "theta_v": "arcsec"}
 UNITS |= {"half_length_v": "arcsec", "angle_v": "deg", "mass_v": "Msun", "axion_mass": "eV", "exposure": "s"}
+# What turns with the image: every angle is that of an axis, the same after half a turn, and places lie x to the right and
+# y upwards of the centre.
+AXES = tuple(name for name, unit in UNITS.items() if unit == "deg")
+PLACES = (("x_s", "y_s"), ("x_v", "y_v"))
 # Beside them a lens has its single point masses, [arcsec], (N, K) each, padded with masses of Einstein radius 0.
 POINTS = ("x_p", "y_p", "theta_p")
 

@@ -19,7 +19,8 @@ from shared.schema import Stage1, Stage2
 from shared.training import Monitor, StageModule
 from stage1_vqvae import pipeline as stage1
 from stage2_diffusion import pipeline as stage2
-from stage2_diffusion.generator import Generator, orientations
+from stage2_diffusion.conditions import Conditions, one_hot
+from stage2_diffusion.generator import Generator
 
 HALF_TURN = ("identity", "rot180")
 TRAINER = {"max_steps": 8, "precision": "fp32", "accelerator": "cpu", "log_every": 4, "validate_every": 8,
@@ -123,14 +124,15 @@ def test_cached_latents_are_those_of_turned_images(data: Path, autoencoder: str)
     labels = cosets(ELEMENTS, HALF_TURN)
     turned = Turns(ELEMENTS, labels, [0.125] * 8, {})
     config = second(data, autoencoder=autoencoder)
-    batches = stage2.turned_latents(model, images, chosen, turned, config, "fp32")
+    batches = stage2.turned_latents(model, images, chosen, turned, Conditions(labels=4), config, "fp32")
     n = len(chosen)
     for k, element in enumerate(ELEMENTS):
         latents, cond = batches(torch.tensor([0, 7, n - 1]) + k * n)
         expected = model.encode(apply(images.batch(chosen[[0, 7, n - 1]]), element))
         torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
         assert cond.tolist() == [[2.0 * (label == labels[k]) for label in range(4)]] * 3
-    alone = stage2.turned_latents(model, images, chosen, Turns(HALF_TURN, [0, 0], [0.5, 0.5], {}), config, "fp32")
+    half = Turns(HALF_TURN, [0, 0], [0.5, 0.5], {})
+    alone = stage2.turned_latents(model, images, chosen, half, Conditions(), config, "fp32")
     assert isinstance(alone(torch.tensor([0, n])), Tensor)
 
 
@@ -232,7 +234,7 @@ def test_labels_reach_the_network_and_samples_ask_for_the_identity(
     assert images.shape == (3, 1, 20, 20)
     assert torch.cat(seen).unique(dim=0).tolist() == [[2, 0, 0, 0, 1]]  # label 0, and that it is there
     plain = Generator.from_pretrained(stage2.train(second(data, "plain", autoencoder=autoencoder)), "cpu")
-    assert plain.conditions == {}
+    assert plain.conditions == Conditions()
     assert plain.condition(3) is None
 
 
@@ -256,6 +258,6 @@ def test_turned_images_leave_no_trace_in_the_samples(data: Path, monkeypatch: py
 
     assert left() > 0.85
     # Asked for the label of a mirror image, the same model mirrors: it is the label that keeps the samples upright.
-    mirrored = orientations(8)[ELEMENTS.index("flip_lr")]
+    mirrored = one_hot(8)[ELEMENTS.index("flip_lr")]
     monkeypatch.setattr(generator, "condition", lambda n, cond=None: mirrored.expand(n, -1))
     assert left() < 0.4

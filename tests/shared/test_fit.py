@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from shared.cli import main
+from shared.data.cache import LensImages
 from shared.simulate.preset import Preset
 from shared.simulate.run import simulate_to
 
@@ -97,3 +98,20 @@ def test_what_is_no_lens_has_no_parameters(tmp_path: Path, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "0 of 2" in shown
     assert "theta_E  " not in shown
+
+
+def test_samples_are_compared_with_what_they_were_asked_for(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.load(dataset / "images.npy")[:3]
+    asked = np.array(LensImages(dataset).index["parameters"]["theta_E"]["values"])[:3]
+    off = {
+        "condition_theta_E": asked - 0.1,
+        "condition_q_s": np.full(3, np.nan),
+        "condition_class": np.array(["a"] * 3),
+    }
+    np.savez(tmp_path / "samples.npz", images=images, seeds=np.arange(3), metadata=np.asarray("{}"), **off)
+    fit(tmp_path / "samples.npz", "--out", tmp_path / "fits")
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    assert float(rows["theta_E"][6]) == pytest.approx(0.1, abs=0.01)  # the bias
+    assert len(rows["q_s"]) == len(rows["theta_E"]) - 3  # nothing was asked for

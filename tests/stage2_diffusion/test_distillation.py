@@ -14,9 +14,10 @@ from shared.config import load_config
 from shared.errors import UserError
 from shared.schema import Distill, Stage2
 from stage2_diffusion import distillation
+from stage2_diffusion.conditions import Conditions, one_hot
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.distillation import distill, end_error, solve
-from stage2_diffusion.generator import Generator, build_denoiser, orientations
+from stage2_diffusion.generator import Generator, build_denoiser
 from stage2_diffusion.grids import tune
 from stage2_diffusion.pipeline import train
 from stage2_diffusion.samplers import SeededNoise, ab2, consistency
@@ -181,15 +182,15 @@ def test_the_condition_of_samples_is_that_of_paths(teacher: Path) -> None:
     network = {"name": "unet", "width": 8, "multipliers": [1, 1], "blocks": 1, "heads": 1}
     flow = {"schedule": "flow", "prediction": "velocity", "time": "uniform", "shift": 1.0}
     torch.manual_seed(0)
-    denoiser = build_denoiser(network, flow, (1, 30, 30), {"orientation": 8})
+    denoiser = build_denoiser(network, flow, (1, 30, 30), Conditions(labels=8))
     for parameter in denoiser.parameters():  # or else it starts as nothing, whatever the condition
         nn.init.normal_(parameter, std=0.3)
-    labelled = Generator(generator.autoencoder, denoiser, conditions={"orientation": 8})
+    labelled = Generator(generator.autoencoder, denoiser, conditions=Conditions(labels=8))
     module = distillation.Distillation(settings(teacher, "labelled"), labelled)
     noise = SeededNoise([1, 2])((1, 30, 30))
 
     def ends(label: int) -> Tensor:
-        labels = orientations(8)[label].expand(2, -1)
+        labels = one_hot(8)[label].expand(2, -1)
         return ab2(lambda x, t: denoiser(x, t, labels), denoiser.schedule, lambda shape: noise, (1, 30, 30), 4)
 
     with torch.no_grad():
