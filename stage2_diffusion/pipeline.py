@@ -18,6 +18,7 @@ from shared.precision import autocast, choose_device, resolve_precision
 from shared.run import Run, is_main_process
 from shared.schema import Stage2
 from shared.training import fit
+from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.generator import Generator, build_denoiser, orientations
 from stage2_diffusion.grids import tune
 from stage2_diffusion.module import DiffusionModule
@@ -126,7 +127,8 @@ def finish(
     """Publish the shadow network with the autoencoder it belongs to: one path is enough to sample."""
     config, sampling = to_dict(module.config), module.config.sampling
     # Before the model is published: a run that is stopped here has all that it needs to do this again.
-    generator = Generator(autoencoder, module.shadow, precision, sampling.model_dump(), module.conditions)
+    shadow: Denoiser = module.shadow  # type: ignore[assignment]
+    generator = Generator(autoencoder, shadow, precision, sampling.model_dump(), module.conditions)
     generator.to("cpu" if module.config.trainer.accelerator == "cpu" else "auto")
     fitted = {str(steps): tune(generator, sampling.sampler, steps).times for steps in sampling.tune}
     state = {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
