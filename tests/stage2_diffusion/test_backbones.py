@@ -20,6 +20,7 @@ from shared.optimizer import build_optimizer
 from shared.registry import build, names, resolve
 from shared.training import recompute_blocks
 from stage2_diffusion import custom, dit, karras_unet, unet
+from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.dit import DiT, SwiGLU, rotary_angles, rotate
 from stage2_diffusion.generator import Generator, build_denoiser
 from stage2_diffusion.karras_unet import KarrasUNet
@@ -159,13 +160,14 @@ def test_a_published_model_is_the_one_that_was_trained(name, tmp_path: Path):
     blocks = {"schedule": "flow", "prediction": "velocity", "time": "uniform", "shift": 1.0}
     pixels = Pixels(SHAPE, PixelTransform(0.0, 1.0))
     pixels.fit_latents([torch.rand(4, *SHAPE)])
-    denoiser = build_denoiser(spec(name), blocks, SHAPE, {"class": 2})
+    told = Conditions(labels=2)
+    denoiser = build_denoiser(spec(name), blocks, SHAPE, told)
     trained(denoiser.backbone, cond_dim=3)
     assert set(denoiser.backbone.state_dict()) == {key for key, _ in denoiser.backbone.named_parameters()}
     state = {f"autoencoder.{k}": v for k, v in pixels.state_dict().items()}
     state |= {f"denoiser.{k}": v for k, v in denoiser.state_dict().items()}
     config = {"autoencoder": autoencoder_config(pixels, {"name": "pixels"}), "backbone": spec(name)}
-    config |= {"diffusion": blocks, "conditions": {"class": 2}, "precision": "fp32", "sampling": {}}
+    config |= {"diffusion": blocks, "conditions": told.to_config(), "precision": "fp32", "sampling": {}}
     publish(tmp_path / "model", "diffusion", config, state, "card")
     torch.manual_seed(9)
     generator = Generator.from_pretrained(tmp_path / "model", "cpu")
