@@ -5,6 +5,10 @@ python stage2_diffusion/sample.py checkpoints/unet --count 64 --seed 0 --steps 8
 
 Writes samples.npz (images, seeds, metadata as a JSON string; loads without pickle) and grid.png (the same metadata in
 its text chunk `parameters`). Lens k has the seed SEED + k, and is the same lens whatever else is drawn with it.
+
+Several processes or machines share the work: each is told `--shard 3/8` beside the same arguments, or torchrun starts
+them. Each writes samples-3-of-8.npz, and the last one to finish joins all into samples.npz. The same command again draws
+only the shards that are missing; once joined they can be deleted.
 """
 
 import argparse
@@ -12,6 +16,7 @@ import json
 import math
 import os
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.files import make_folder
 from shared.precision import check_device
+from shared.processes import rank, world
 from shared.registry import names
 from shared.report import save_grid
 from stage2_diffusion.generator import Generator
@@ -45,24 +51,71 @@ def main(argv: list[str] | None = None) -> None:
     add_settings(parser)
     parser.add_argument("--clean", action="store_true", help="without pixel noise")
     parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--shard", type=shard, metavar="K/N", help="draw the K-th of N parts, K from 1 (see above)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: a minute once, then faster on a GPU")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder (default %(default)s)")
     a = parser.parse_args(argv)
     seeds = seed_range(a.seed, a.count)
+    part, parts = a.shard or (rank() + 1, world())
+    if parts > a.count:
+        raise UserError(f"{parts} shards of {a.count} lenses: some would be empty, ask for fewer shards")
     generator = Generator.from_pretrained(a.model, check_device(a.device), a.trust)
     settings = chosen_settings(a, generator)
     make_folder(a.out)
-    started = time.perf_counter()
-    images = draw(generator, seeds, observed=not a.clean, batch_size=a.batch_size, **settings)
-    seconds = time.perf_counter() - started
-    metadata = {
+    request = {
         "model": str(a.model), "weights_sha256": generator.config["sha256"], **settings, "observed": not a.clean,
         "first_seed": a.seed, "count": a.count, **generator.autoencoder.transform.to_config(),
-        "device": str(generator.device), "lenses_per_second": round(a.count / seconds, 2), "versions": versions(),
     }  # fmt: skip
-    save_samples(a.out, images, seeds, metadata)
-    print(
-        f"{a.out / 'samples.npz'}, {a.out / 'grid.png'}: {a.count} lenses in {seconds:.1f} s ({a.count / seconds:.1f} a second)"
-    )
+    request = json.loads(json.dumps(request))  # as a file would give it back
+    files = [a.out / (f"samples-{k}-of-{parts}.npz" if parts > 1 else "samples.npz") for k in range(1, parts + 1)]
+    mine = files[part - 1]
+    if parts > 1 and read_shard(mine, request) is not None:
+        print(f"{mine} is complete")
+    else:
+        if a.compile:
+            generator.denoiser.backbone.compile()
+        own = seeds[len(seeds) * (part - 1) // parts : len(seeds) * part // parts]
+        started = time.perf_counter()
+        images = draw(generator, own, observed=not a.clean, batch_size=a.batch_size, **settings)
+        seconds = time.perf_counter() - started
+        speed = {"lenses_per_second": round(len(own) / seconds, 2)}
+        metadata = {**request, "device": str(generator.device), **speed, "versions": versions()}
+        save_samples(mine, {"images": images.numpy(), "seeds": np.asarray(own, np.int64)}, metadata)
+        print(f"{mine}: {len(own)} lenses in {seconds:.1f} s ({len(own) / seconds:.1f} a second)")
+    if parts > 1:
+        join(files, request)
+
+
+def shard(text: str) -> tuple[int, int]:
+    """argparse's type of K/N: (K, N)."""
+    k, _, n = text.partition("/")
+    if not (k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N, such as 3/8")
+    return int(k), int(n)
+
+
+def read_shard(path: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The metadata of a shard, or None where there is none of this request."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            metadata = json.loads(str(file["metadata"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return metadata if all(metadata.get(key) == value for key, value in request.items()) else None
+
+
+def join(files: list[Path], request: dict[str, Any]) -> None:
+    """Join shards to samples.npz beside them if all are there; whoever finishes last does."""
+    found = [read_shard(file, request) for file in files]
+    if missing := [file.name for file, metadata in zip(files, found, strict=True) if metadata is None]:
+        print(f"{len(missing)} of {len(files)} shards are not there yet: {', '.join(missing[:8])}")
+        return
+    shards = [np.load(file, allow_pickle=False) for file in files]
+    arrays = {key: np.concatenate([one[key] for one in shards]) for key in shards[0].files if key != "metadata"}
+    speed = sum(metadata["lenses_per_second"] for metadata in found if metadata)
+    whole = files[0].with_name("samples.npz")
+    save_samples(whole, arrays, {**(found[0] or {}), "lenses_per_second": round(speed, 2)})
+    print(f"{whole}: {len(arrays['seeds'])} lenses of {len(files)} shards")
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -98,21 +151,20 @@ def draw(generator: Generator, seeds: range, progress: bool = True, **options: A
     return torch.cat(parts)
 
 
-def save_samples(folder: Path, images: Tensor, seeds: range, metadata: dict[str, Any]) -> None:
-    """samples.npz and grid.png; the old ones stay until the new ones are whole."""
-    temporary = folder / ".samples.tmp.npz"
+def save_samples(path: Path, arrays: dict[str, Any], metadata: dict[str, Any]) -> None:
+    """An .npz of samples and, of samples.npz, grid.png; the old ones stay until the new ones are whole.
+
+    arrays   images (N, C, H, W) and what there is of each, such as its seed
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
     try:
-        np.savez(
-            temporary,
-            images=images.numpy(),
-            seeds=np.asarray(seeds, np.int64),
-            metadata=np.asarray(json.dumps(metadata)),
-        )
-        os.replace(temporary, folder / "samples.npz")
-        shown = PixelTransform.from_config(metadata).unit(images[:SHOWN])
-        save_grid(folder / "grid.png", shown, columns=8, metadata=metadata)
+        np.savez(temporary, **arrays, metadata=np.asarray(json.dumps(metadata)))
+        os.replace(temporary, path)
+        if path.name == "samples.npz":
+            shown = PixelTransform.from_config(metadata).unit(torch.from_numpy(arrays["images"][:SHOWN]))
+            save_grid(path.with_name("grid.png"), shown, columns=8, metadata=metadata)
     except OSError as error:
-        raise UserError(f"cannot write the samples to {folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot write the samples to {path.parent}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
