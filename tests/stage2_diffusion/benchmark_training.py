@@ -44,6 +44,7 @@ class Spent:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.inner = [0.0]
+        self.stopped = False
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -53,7 +54,9 @@ class Spent:
                 return function(*arguments, **options)
             finally:
                 took = time.process_time() - started
-                self.seconds[name] = self.seconds.get(name, 0.0) + took - self.inner.pop()
+                own = took - self.inner.pop()
+                if not self.stopped:
+                    self.seconds[name] = self.seconds.get(name, 0.0) + own
                 self.inner[-1] += took
 
         return call
@@ -130,6 +133,8 @@ def ours(
             between(len(taken))
             if spent is not None and len(taken) == WARMUP:
                 spent.seconds.clear()
+            if spent is not None and len(taken) == steps - 1:
+                spent.stopped = True  # the last step has no next one that would end it
             last[0] = time.process_time()
             StageModule.on_train_batch_start(module, *arguments)
 
@@ -138,8 +143,7 @@ def ours(
         if spent is not None:
             spent.watch(module, loss="forward", backward="backward", configure_gradient_clipping="clipping")
             spent.watch(module.ema, update="moving average")
-            for kind in (Muon, torch.optim.AdamW):
-                kind.step = spent.timed("optimiser", kind.step)  # type: ignore[method-assign]
+            Muon.step = spent.timed("optimiser", Muon.step)  # type: ignore[method-assign]
         fit(module, Run(c), {})
     return taken[WARMUP:]
 
