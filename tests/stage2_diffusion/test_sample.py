@@ -1,9 +1,6 @@
 """Samples in shards are the samples of one process; what is there is not drawn again."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +13,6 @@ from shared.schema import Stage2
 from stage2_diffusion import sample
 from stage2_diffusion.pipeline import train
 from tests.blobs import blobs
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +107,14 @@ def test_a_shard_that_cannot_be_is_one_line(
     assert "Traceback" not in error
 
 
-@pytest.mark.slow
-def test_torchrun_draws_shards(model: Path, tmp_path: Path) -> None:
+def test_processes_of_torchrun_draw_a_shard_each(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(model, tmp_path / "whole")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(ROOT / "stage2_diffusion" / "sample.py"), str(model), "--count", "10", "--seed", "5", "--steps", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [*command, *script, "--device", "cpu", "--out", str(tmp_path / "parts")],
-        env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert np.allclose(
-        read(tmp_path / "parts" / "samples.npz")[0], read(tmp_path / "whole" / "samples.npz")[0], atol=1e-5
-    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        draw(model, tmp_path / "parts")
+    drawn = [read(tmp_path / name / "samples.npz")[0] for name in ("parts", "whole")]
+    assert np.allclose(*drawn, atol=1e-5)
 
 
 def test_compiled_samples_are_the_same(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
