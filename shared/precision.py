@@ -1,12 +1,12 @@
 """Which device, bf16 or fp32, how many threads: what a machine has and is fast at, for use outside a Trainer."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from shared.errors import UserError
+from shared.processes import local_rank
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -33,7 +33,7 @@ def choose_device(accelerator: str = "auto") -> torch.device:
                 "trainer.accelerator is gpu, but torch finds no GPU: use auto or cpu, or look at its driver"
             )
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", local_rank())
 
 
 def check_device(name: str) -> str:

@@ -1,7 +1,6 @@
 """The folder of a run, checkpoints/<name>/: config.yaml, metrics.csv, samples/*.png, last.ckpt and model/."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,11 @@ from shared.checkpoint import read_config
 from shared.config import load_config, to_dict, to_yaml
 from shared.errors import UserError
 from shared.files import write_atomically
+from shared.processes import is_main_process
 
 # What may differ between a run and its continuation without making it another run.
 HARMLESS = ("output", "logger", "trainer.log_every", "trainer.checkpoint_every", "trainer.validate_every",
-            "trainer.progress", "trainer.compile", "trainer.checkpoint_gradients", "sampling")  # fmt: skip
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that writes: torchrun numbers its own, one that it did not start is alone."""
-    return os.environ.get("RANK", "0") == "0"
+            "trainer.progress", "trainer.compile", "trainer.checkpoint_gradients", "trainer.score", "sampling")  # fmt: skip
 
 
 class Run:

@@ -433,6 +433,12 @@ class EMA(Block):
     decay: Share = key(0.998, "of the moving average of the weights, which is what is published; 0: off")
 
 
+class Averages(EMA):
+    lengths: Annotated[tuple[Annotated[float, Field(gt=0, lt=0.28)], ...], Strict(False)] = key(
+        (), "averages beside it that grow with the run, as shares of it, such as [0.05, 0.1]; the best is published"
+    )
+
+
 class Trainer(Block):
     max_steps: int = key(5000, "optimiser steps", ge=1)
     precision: Literal["auto", "bf16", "fp32"] = key("auto", "auto: mixed bf16 where the hardware has it")
@@ -447,6 +453,11 @@ class Trainer(Block):
     validate_every: int = key(500, "steps between held-out metrics and pictures", ge=1)
     checkpoint_every: int = key(200, "steps between writes of last.ckpt", ge=1)
     progress: bool = key(True, "a progress bar")
+
+
+class ScoredTrainer(Trainer):
+    score_every: int = key(0, "steps between Frechet distances of samples to validation images; 0: none", ge=0)
+    score_count: int = key(250, "samples of each such distance, at most as many as validation images", ge=2)
 
 
 class Logger(Block):
@@ -519,8 +530,8 @@ class Stage2(_Run):
     condition: Condition = Condition()
     sampling: Sampling = Sampling()
     optimizer: Optimizer = Optimizer()
-    ema: EMA = EMA()
-    trainer: Trainer = Trainer()
+    ema: Averages = Averages()
+    trainer: ScoredTrainer = ScoredTrainer()
     logger: Logger = Logger()
 
     @field_validator("sampling")

@@ -1,7 +1,8 @@
 """The loop both stages share: a Lightning Trainer that counts in steps, logs, and can be killed at any of them.
 
-Everything random in step k is keyed by (seed, k, rank): the batch by `StepSampler`, the rest because the global
-generator is reseeded before each step. So a run that was killed and resumed ends with the weights of one that was not.
+Everything random in step k is keyed by (seed, k): the batch and how its images are turned are those of the whole batch,
+of which each process takes its part; the rest because the global generator is reseeded before each step, by the rank, too.
+So a run that was killed and resumed ends with the weights of one that was not.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -36,10 +38,13 @@ from shared.errors import UserError
 from shared.files import write_atomically
 from shared.optimizer import build_optimizer
 from shared.precision import resolve_precision
-from shared.run import Run, is_main_process
+from shared.processes import is_main_process, local_world, world
+from shared.run import Run
 
 SILENCE = 20.0  # seconds between lines of progress where there is no terminal
 ELEMENT_STREAM = 1  # of a step's random numbers
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that ask a run to stop
+AGREE = 10  # steps between the times at which processes tell each other that one was asked to stop
 
 
 class EMA(nn.Module):
@@ -56,16 +61,36 @@ class EMA(nn.Module):
         saved = network.state_dict().keys()
         self.learned = [name for name, _ in network.named_buffers() if name in saved]
 
+    def kept(self, step: int) -> float:
+        """The share of the average that is kept at a step; the rest is the network of that step."""
+        return min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), weight)
+        torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), 1.0 - self.kept(step))
         mine, theirs = dict(self.module.named_buffers()), dict(network.named_buffers())
         for name in self.learned:
             mine[name].copy_(theirs[name])
 
     def train(self, mode: bool = True) -> "EMA":
         return super().train(False)  # a quantiser in train mode would go on learning
+
+
+class PowerEMA(EMA):
+    """A shadow whose weights in the average grow with a power of the step (Karras et al. 2024, arXiv 2312.02696, §3.1).
+
+    length   standard deviation of those weights in time, over the time there was: as the run grows the average grows with
+             it, so that one length suits runs of any number of steps
+    """
+
+    def __init__(self, network: nn.Module, length: float) -> None:
+        super().__init__(network, decay=0.0)
+        # length² = (gamma + 1) / ((gamma + 2)² (gamma + 3)), their Eq. 126, has one root above 0 for lengths below 0.288.
+        roots = np.roots([1.0, 7.0, 16.0 - length**-2, 12.0 - length**-2])
+        self.gamma = float(roots.real.max())
+
+    def kept(self, step: int) -> float:
+        return (1 - 1 / step) ** (self.gamma + 1)
 
 
 class Steps:
@@ -101,6 +126,7 @@ class StageModule(lightning.LightningModule):
         self.config, self.batches, self.count, self.chances = config, batches, count, chances
         self.network = network
         self.ema = EMA(network, config.ema.decay) if config.ema.decay > 0 else None
+        self.averages = nn.ModuleList()  # beside `ema`, for a stage that chooses among several
 
     @property
     def compiled_part(self) -> nn.Module:
@@ -123,6 +149,10 @@ class StageModule(lightning.LightningModule):
     def validate(self, folder: Path | None) -> dict[str, float]:
         """Metrics of the shadow on held-out data; pictures into `folder` where one is given."""
         raise NotImplementedError
+
+    def score(self) -> dict[str, float]:
+        """Metrics of the shadow that are too dear for `validate`, on a schedule of the stage's own; empty between."""
+        return {}
 
     def train_dataloader(self) -> "Steps":
         size, world, parts = self.config.data.batch_size, self.trainer.world_size, self.config.trainer.accumulate
@@ -169,13 +199,19 @@ class StageModule(lightning.LightningModule):
         return {"loss": total, "logs": logs}
 
     def drawn(self, n: int) -> Tensor:
-        """Which symmetry turns each of the n images of this step: a function of (seed, step, rank) alone."""
+        """Which symmetry turns each of this process's n images of this step: a function of (seed, step) and their places
+        in the whole batch."""
         if len(self.chances) == 1:
             return torch.zeros(n, dtype=torch.long)
         # A generator of its own, so that the noise of the step is the same whatever turns its images.
-        key = step_key(self.config.seed, self.trainer.global_step, self.trainer.global_rank, ELEMENT_STREAM)
-        chances = torch.tensor(self.chances)
-        return torch.multinomial(chances, n, replacement=True, generator=torch.Generator().manual_seed(key))
+        key = step_key(self.config.seed, self.trainer.global_step, 0, ELEMENT_STREAM)
+        chances, generator, world = (
+            torch.tensor(self.chances),
+            torch.Generator().manual_seed(key),
+            self.trainer.world_size,
+        )
+        whole = torch.multinomial(chances, n * world, replacement=True, generator=generator)
+        return whole.chunk(world)[self.trainer.global_rank]
 
     def optimizer_zero_grad(self, *args: Any) -> None:
         pass  # Lightning would do it before the last part of a step: `optimizer_step` does
@@ -184,8 +220,8 @@ class StageModule(lightning.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.zero_grad()  # and what learns beside the network
         # Here and not in on_train_batch_end, which Lightning calls after the callbacks: a checkpoint would lack this step.
-        if self.ema is not None:
-            self.ema.update(self.network, self.trainer.global_step + 1)
+        for average in (*([self.ema] if self.ema is not None else []), *self.averages):
+            average.update(self.network, self.trainer.global_step + 1)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         # By hand: Lightning refuses to clip for a fused optimiser under bf16. Not of what learns beside the network,
@@ -262,7 +298,9 @@ class Monitor(Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, t = trainer.global_step, self.config.trainer
         if step % t.log_every == 0 or step == t.max_steps:
-            loss = float(outputs["loss"])
+            # Of the whole batch: each process has the mean of an equal part. All of them stop if one has no number.
+            mean = partial(trainer.strategy.reduce, reduce_op="mean")
+            loss, logs = float(mean(outputs["loss"])), {k: float(mean(v)) for k, v in outputs["logs"].items()}
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss of {self.config.name} became {loss} at step {step}: its last checkpoint is kept, but would "
@@ -272,7 +310,7 @@ class Monitor(Callback):
             now = time.perf_counter()
             speed = (step - self.mark[0]) * len(batch) * trainer.world_size / max(1e-9, now - self.mark[1])
             self.mark = (step, now)
-            metrics = {"loss": loss, **{k: float(v) for k, v in outputs["logs"].items()}, "images_per_second": speed}
+            metrics = {"loss": loss, **logs, "images_per_second": speed}
             metrics["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
             self._log(trainer, {f"train/{k}": v for k, v in metrics.items()})
             if self.bar is not None:
@@ -286,10 +324,13 @@ class Monitor(Callback):
                     )
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
-        if trainer.is_global_zero and (step % t.validate_every == 0 or step == t.max_steps):
-            paused = time.perf_counter()
-            self._log(trainer, {f"validation/{k}": v for k, v in module.validate(self.run.folder / "samples").items()})
-            self.mark = (self.mark[0], self.mark[1] + time.perf_counter() - paused)
+        if trainer.is_global_zero:
+            paused, metrics = time.perf_counter(), module.score()
+            if step % t.validate_every == 0 or step == t.max_steps:
+                metrics |= module.validate(self.run.folder / "samples")
+            if metrics:
+                self._log(trainer, {f"validation/{k}": v for k, v in metrics.items()})
+                self.mark = (self.mark[0], self.mark[1] + time.perf_counter() - paused)
 
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         if self.bar is not None:
@@ -301,23 +342,51 @@ class Monitor(Callback):
 
 
 class Checkpoint(Callback):
-    """Keeps last.ckpt: every so many steps, at the end, and when the run is asked to stop (Ctrl-C, SIGTERM)."""
+    """Keeps last.ckpt: every so many steps, at the end, and when a signal asks the run to stop."""
 
     def __init__(self, config: Any, run: Run, fingerprint: dict[str, str]) -> None:
         self.every, self.path, self.fingerprint = config.trainer.checkpoint_every, run.last, fingerprint
         self.stopped_by = 0  # the number of the signal that asks for the end
+        self.before: dict[int, Any] = {}  # the handlers that were there
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals that ask for the end as such, from the main thread."""
+        self.before = {number: signal.signal(number, self.stop) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    def stop(self, number: int, frame: Any) -> None:
+        self.stopped_by = number
+        if world() == 1:  # a second Ctrl-C ends it at once; torchrun hands on what its processes have heard themselves
+            signal.signal(number, self.before[number])
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        # In place of Lightning's handler, with which processes talk about it in the middle of talking about gradients.
+        if not self.stopped_by:
+            signal.signal(signal.SIGTERM, self.stop)
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["fingerprint"] = self.fingerprint
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.world_size > 1:
-            self.stopped_by = trainer.strategy.broadcast(self.stopped_by)
-        if self.stopped_by or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+        stopped = self.stopped_by
+        if trainer.world_size > 1:  # a signal reaches them at different steps, and they must stop at the same
+            agree = trainer.global_step % AGREE == 0
+            stopped = (
+                int(trainer.strategy.reduce(torch.tensor(stopped, device=module.device), reduce_op="max"))
+                if agree
+                else 0
+            )
+        if stopped or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             # A checkpoint that cannot go on must not replace one that can. All processes have the same parameters.
             if all(bool(parameter.isfinite().all()) for parameter in module.parameters() if parameter.requires_grad):
                 self._save(trainer)
-            trainer.should_stop = trainer.should_stop or bool(self.stopped_by)
+            self.stopped_by = stopped or self.stopped_by
+            trainer.should_stop = trainer.should_stop or bool(stopped)
 
     def _save(self, trainer: Any) -> None:
         temporary = self.path.with_suffix(".tmp")
@@ -405,7 +474,7 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
     """Train `module` to trainer.max_steps, from last.ckpt where there is one.
 
     fingerprint   what must not change between a run and its continuation, beyond the config: the data, the autoencoder
-    SystemExit    130 after Ctrl-C, 143 after SIGTERM, once the state is saved
+    SystemExit    130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 (a cluster's warning), once the state is saved
     """
     t = run.config.trainer
     quiet()
@@ -420,7 +489,6 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
         recompute_blocks(module.network)  # not its shadow, which has no backward pass
     if t.compile:
         module.compiled_part.compile()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     loggers: list[Logger] = [CSVLog(run.folder / "metrics.csv", start)]
     if is_main_process() and (online := wandb_logger(run.config, run)):
         loggers.append(online)
@@ -428,10 +496,10 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
     trainer = lightning.Trainer(
         accelerator=t.accelerator,
         # Several devices are torchrun's to start: Lightning would start this whole command again in each process.
-        devices=int(os.environ.get("LOCAL_WORLD_SIZE", world)),
-        num_nodes=world // int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+        devices=local_world(),
+        num_nodes=world() // local_world(),
         # While a quantiser is not acting yet, its own parameters have no gradient.
-        strategy="ddp_find_unused_parameters_true" if world > 1 else "auto",
+        strategy="ddp_find_unused_parameters_true" if world() > 1 else "auto",
         precision="bf16-mixed" if resolve_precision(t.precision, t.accelerator) == "bf16" else "32-true",
         max_steps=t.max_steps,
         max_epochs=-1,
@@ -444,19 +512,9 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
         default_root_dir=run.folder,
     )
 
-    def stop(number: int, frame: Any) -> None:
-        checkpoint.stopped_by = number
-        signal.signal(number, before[number])  # a second Ctrl-C ends it at once
-
-    before: dict[int, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, stop)
-    try:
-        with contextlib.suppress(SIGTERMException):  # Lightning's own, after our checkpoint; it would exit with 0
-            trainer.fit(module, ckpt_path=run.last if start else None, weights_only=True)
-    finally:
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
+    # The exception is Lightning's own, after our checkpoint; it would exit with 0.
+    with checkpoint.listening(), contextlib.suppress(SIGTERMException):
+        trainer.fit(module, ckpt_path=run.last if start else None, weights_only=True)
     if checkpoint.stopped_by or trainer.global_step < t.max_steps:
         tqdm.write(
             f"{run.config.name} stopped at step {trainer.global_step} of {t.max_steps}; the same command goes on"

@@ -15,8 +15,9 @@ from shared.data.symmetries import turns
 from shared.errors import UserError
 from shared.flops import flops
 from shared.precision import autocast, choose_device, resolve_precision
+from shared.processes import is_main_process
 from shared.registry import build
-from shared.run import Run, is_main_process
+from shared.run import Run
 from shared.schema import Stage1
 from shared.training import fit
 from stage1_vqvae.module import VALIDATION, VQVAEModule

@@ -9,7 +9,6 @@ diffuse, and its entropy loss is one more thing to balance.
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from vector_quantize_pytorch import FSP, FSQ, SimVQ, VectorQuantize
 
 from shared.errors import UserError
+from shared.processes import world
 
 Quantized = tuple[Tensor, Tensor, Tensor]
 
@@ -113,7 +113,7 @@ class VQ(Quantizer):
     ) -> None:
         super().__init__(channels)
         # It would look for a process group itself, but Lightning makes one only later; torchrun sets this before.
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        several = world() > 1
         if several and heads > 1 and kmeans_init:
             raise UserError(
                 f"k-means starts one codebook in several processes, not {heads}: train in one process, or set "

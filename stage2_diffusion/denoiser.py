@@ -125,37 +125,51 @@ class Denoiser(nn.Module):
         out = self.backbone(x_t, t, self._flagged(cond, x_t)).float()
         return to_x0(self.prediction, out, x_t.float(), alpha, sigma)
 
-    def loss(self, x_0: Tensor, cond: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        x_0: Tensor,
+        cond: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        share: tuple[int, int] = (0, 1),
+    ) -> Tensor:
         """Weighted mean squared error in the prediction's own space: (N,) for x_0 (N, c, h, w), cond (N, d) or None.
 
-        Times, noise and dropped conditions come from torch's global generator.
+        generator   of times, noise and dropped conditions; None: torch's global one
+        share       (k, n): x_0 is the k-th of n equal parts of a batch, for all of which they are drawn: in n processes
+                    with generators alike they are those that one process would draw
         """
         x_0 = x_0.float()
-        t = self._draw_times(len(x_0), x_0.device)
-        eps = torch.randn_like(x_0)
+        part, parts = share
+        batch = torch.cat([x_0] * parts)
+        t = self._draw_times(len(batch), x_0.device, generator).chunk(parts)[part]
+        eps = torch.empty_like(batch).normal_(generator=generator).chunk(parts)[part]
         alpha, sigma = self.schedule(t)
         if cond is not None and self.training:
-            cond = self._dropped(cond)
+            draw = torch.rand(len(batch), len(self.groups) - self.always + 3, device=x_0.device, generator=generator)
+            cond = self._dropped(cond, draw.chunk(parts)[part])
         out = self.backbone(alpha * x_0 + sigma * eps, t, self._flagged(cond, x_0)).float()
         error = (out - target(self.prediction, x_0, eps, alpha, sigma)).square().flatten(1).mean(1)
         if self.weighting == "min_snr":
             error = error * min_snr(self.prediction, alpha, sigma, self.gamma).flatten()
         return error
 
-    def _draw_times(self, n: int, device: torch.device) -> Tensor:
+    def _draw_times(self, n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
         """(N,): one from each n-th of the distribution, in random order, which quiets the mean loss of a batch."""
-        u = (torch.randperm(n, device=device) + torch.rand(n, device=device)) / n
+        u = torch.randperm(n, device=device, generator=generator) + torch.rand(n, device=device, generator=generator)
+        u = u / n
         if self.time_distribution == "logit_normal":
             u = torch.sigmoid(self.time_mean + self.time_std * torch.special.ndtri(u))
         return self.schedule.t_max * u
 
-    def _dropped(self, cond: Tensor) -> Tensor:
-        """cond (N, d) as a step of training tells it: some samples lose all of it, others a random part."""
-        n, parts = len(cond), len(self.groups) - self.always
-        draw = torch.rand(n, parts + 3, device=cond.device)
+    def _dropped(self, cond: Tensor, draw: Tensor) -> Tensor:
+        """cond (N, d) as a step of training tells it: some samples lose all of it, others a random part.
+
+        draw   (N, 3 + parts that can be lost), uniform in 0 ... 1
+        """
         keep = (draw[:, 3:] < draw[:, 2:3]) | (draw[:, 1:2] >= self.cond_subsets)
         keep &= draw[:, :1] >= self.cond_dropout
-        keep = torch.cat([keep.new_ones(n, self.always), keep], 1)
+        keep = torch.cat([keep.new_ones(len(cond), self.always), keep], 1)
         return cond.masked_fill(~keep[:, self.group_of], torch.nan)
 
     def _flagged(self, cond: Tensor | None, like: Tensor) -> Tensor | None:

@@ -17,8 +17,9 @@ from shared.checkpoint import fingerprint, publish
 from shared.config import to_dict
 from shared.errors import UserError
 from shared.precision import autocast, choose_device, resolve_precision
+from shared.processes import is_main_process
 from shared.report import save_grid
-from shared.run import Run, is_main_process
+from shared.run import Run
 from shared.schema import Distill
 from shared.training import StageModule, fit
 from stage2_diffusion.denoiser import Denoiser

@@ -7,16 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from shared.autoencoder import Autoencoder
+from shared.precision import autocast
 from shared.report import save_grid
-from shared.training import StageModule
+from shared.training import PowerEMA, StageModule, step_key
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.generator import Generator
+from stage2_diffusion.watch import Distance, Memorisation, gap_z
 
 PREVIEWS = 16
 LEVELS = 8  # noise levels at which the held-out loss is watched: overtraining shows first at the low ones
+WATCHED = 256  # training images whose loss is watched beside it
 
 
 class DiffusionModule(StageModule):
@@ -34,9 +38,16 @@ class DiffusionModule(StageModule):
         precision: str,
         conditions: Conditions,
         held_out_known: Mapping[str, np.ndarray] | None = None,
+        distance: Distance | None = None,
     ) -> None:
         super().__init__(config, network, batches, count, chances)
-        self.held_out, self.conditions, self.known = held_out, conditions, held_out_known or {}
+        self.averages.extend(PowerEMA(network, length) for length in config.ema.lengths)
+        self.conditions, self.known, self.distance = conditions, held_out_known or {}, distance
+        self.held_out = held_out, conditions.vector(len(held_out), self.known)
+        seen = batches(torch.arange(min(WATCHED, count)))  # none of them turned
+        self.seen = (seen[0], seen[1]) if isinstance(seen, tuple) else (seen, None)
+        self.memorisation = Memorisation()
+        self.noise: torch.Generator | None = None  # of the loss; None: torch's global one
         # In a tuple, so that Lightning neither trains, moves nor saves what is frozen.
         self.frozen = (autoencoder,)
         self.sampling_precision = precision
@@ -45,32 +56,58 @@ class DiffusionModule(StageModule):
     def compiled_part(self) -> nn.Module:
         return self.network.backbone
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        # Several processes draw the noise of the whole batch, as one would, and take their parts; dropout is their own.
+        if self.trainer.world_size > 1:
+            key = step_key(self.config.seed, self.trainer.global_step, 0)
+            self.noise = torch.Generator(self.device).manual_seed(key)
+
     def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.network.loss(batch, *beside).mean(), {}
+        share = self.trainer.global_rank, self.trainer.world_size
+        return self.network.loss(batch, *beside, generator=self.noise, share=share).mean(), {}
+
+    def generator(self, denoiser: Denoiser) -> Generator:
+        autoencoder, sampling = self.frozen[0].to(self.device), self.config.sampling.model_dump()
+        return Generator(autoencoder, denoiser, self.sampling_precision, sampling, self.conditions)
+
+    @torch.no_grad()
+    def errors(self, denoiser: Denoiser, latents: Tensor, cond: Tensor | None) -> Tensor:
+        """(LEVELS, n): mean squared error of x_0 of each of n latents under their conditions, from low noise to high.
+
+        The same noise at every validation: what changes is the model.
+        """
+        rows, x_0 = [], latents.to(self.device)
+        cond = None if cond is None else cond.to(self.device)
+        with torch.random.fork_rng(devices=[]), autocast(self.device, self.sampling_precision):
+            for k in range(LEVELS):
+                torch.manual_seed(k)
+                eps, t = torch.randn(x_0.shape).to(x_0), torch.full((len(x_0),), (k + 0.5) / LEVELS, device=x_0.device)
+                alpha, sigma = denoiser.schedule(t)
+                rows.append((denoiser(alpha * x_0 + sigma * eps, t, cond) - x_0).square().flatten(1).mean(1))
+        return torch.stack(rows).cpu()
 
     @torch.no_grad()
     def validate(self, folder: Path | None) -> dict[str, float]:
         shadow: Denoiser = self.shadow  # type: ignore[assignment]
         was_training = shadow.training
         shadow.eval()
-        metrics, sampling = {}, self.config.sampling.model_dump()
-        generator = Generator(
-            self.frozen[0].to(self.device), shadow, self.sampling_precision, sampling, self.conditions
-        )
-        with torch.random.fork_rng(devices=[]), self.trainer.precision_plugin.forward_context():
-            x_0 = self.held_out.to(self.device)
-            cond = generator.condition(len(x_0), self.known)
-            for k in range(LEVELS):
-                torch.manual_seed(k)  # the same noise at every validation: what changes is the model
-                eps, t = torch.randn(x_0.shape).to(x_0), torch.full((len(x_0),), (k + 0.5) / LEVELS, device=x_0.device)
-                alpha, sigma = shadow.schedule(t)
-                error = (shadow(alpha * x_0 + sigma * eps, t, cond) - x_0).square().mean()
-                metrics[f"x0_error_t{(k + 0.5) / LEVELS:.2f}"] = float(error)
-        metrics["x0_error"] = sum(metrics.values()) / LEVELS
+        held_out, seen = self.errors(shadow, *self.held_out), self.errors(shadow, *self.seen)
+        metrics: dict[str, float] = {}
+        for prefix, errors in (("x0_error", held_out), ("train_x0_error", seen)):
+            metrics |= {f"{prefix}_t{(k + 0.5) / LEVELS:.2f}": float(e) for k, e in enumerate(errors.mean(1))}
+            metrics[prefix] = float(errors.mean())
+        low = [errors[: LEVELS // 2].log().mean(0) for errors in (held_out, seen)]  # of each level the same weight
+        metrics["memorisation_z"] = gap_z(*low)
+        if self.memorisation(*low):
+            tqdm.write(
+                f"{self.config.name} begins to memorise: at step {self.trainer.global_step} the error at low noise rises on "
+                "held-out images and falls on training images; stop earlier, or give it more images, backbone.dropout or less width"
+            )
         if folder is not None:
-            n = min(PREVIEWS, len(self.held_out)) if self.known else PREVIEWS
+            n = min(PREVIEWS, len(self.held_out[0])) if self.known else PREVIEWS
             asked = {name: values[:n] for name, values in self.known.items()}  # of the first held-out images
-            images = generator.images(range(n), cond=asked)
+            images = self.generator(shadow).images(range(n), cond=asked)
             title = (
                 f"step {self.trainer.global_step}: {self.config.sampling.steps} steps of {self.config.sampling.sampler}"
             )
@@ -78,3 +115,29 @@ class DiffusionModule(StageModule):
             save_grid(folder / f"{self.trainer.global_step:07d}.png", pictures, columns=8, title=title)
         shadow.train(was_training)
         return metrics
+
+    @torch.no_grad()
+    def score(self) -> dict[str, float]:
+        every = self.config.trainer.score_every
+        if self.distance is None or self.trainer.global_step % every:
+            return {}
+        shadow: Denoiser = self.shadow  # type: ignore[assignment]
+        was_training = shadow.training
+        found = self.distance(self.generator(shadow))
+        shadow.train(was_training)
+        return found
+
+    def best_average(self) -> tuple[Denoiser, dict[str, float]]:
+        """What to publish of the trained weights' averages, and the held-out error of each by its name, best first.
+
+        The error is the geometric mean over levels of noise, or the highest would decide alone.
+        """
+        candidates: dict[str, Any] = {f"decay {self.config.ema.decay:g}": self.shadow}
+        for average, length in zip(self.averages, self.config.ema.lengths, strict=True):
+            candidates[f"length {length:g}"] = average.module
+        errors = {
+            name: float(self.errors(network.eval(), *self.held_out).mean(1).log().mean().exp())
+            for name, network in candidates.items()
+        }
+        errors = dict(sorted(errors.items(), key=lambda item: item[1]))
+        return candidates[next(iter(errors))], errors

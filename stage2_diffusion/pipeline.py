@@ -15,7 +15,8 @@ from shared.data.cache import LensImages
 from shared.data.symmetries import Turns, apply, apply_each, turns
 from shared.errors import UserError
 from shared.precision import autocast, choose_device, resolve_precision
-from shared.run import Run, is_main_process
+from shared.processes import is_main_process
+from shared.run import Run
 from shared.schema import Custom, Stage2
 from shared.training import fit
 from stage2_diffusion.conditions import Conditions
@@ -24,6 +25,7 @@ from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.generator import Generator, build_denoiser
 from stage2_diffusion.grids import tune
 from stage2_diffusion.module import DiffusionModule
+from stage2_diffusion.watch import Distance
 
 HELD_OUT = 256  # validation images whose latents are watched
 
@@ -53,9 +55,12 @@ def train(config: Stage2, resume: str = "auto") -> Path:
 
     torch.manual_seed(config.seed)
     network = build_denoiser(blocks["backbone"], blocks["diffusion"], autoencoder.latent_shape, conditions)
+    distance = (
+        Distance(images, config.trainer.score_count) if config.trainer.score_every and is_main_process() else None
+    )
     module = DiffusionModule(
         config, network, autoencoder, batches, len(train_split), turned.chances, held_out, precision, conditions,
-        conditions.of(images, held_out_split),
+        conditions.of(images, held_out_split), distance,
     )  # fmt: skip
     fit(module, run, made_from)
     if is_main_process():
@@ -136,13 +141,19 @@ def finish(
 ) -> None:
     """Publish the shadow network with the autoencoder it belongs to: one path is enough to sample."""
     config, sampling = to_dict(module.config), module.config.sampling
+    denoiser: Denoiser = module.shadow  # type: ignore[assignment]
+    averages: dict[str, float] = {}
+    if config["ema"]["lengths"]:
+        module.to(choose_device(config["trainer"]["accelerator"]))
+        denoiser, averages = module.best_average()
+        found = ", ".join(f"{name} {error:.4g}" for name, error in averages.items())
+        tqdm.write(f"held-out error of each average, of which the first is published: {found}")
     # Before the model is published: a run that is stopped here has all that it needs to do this again.
-    shadow: Denoiser = module.shadow  # type: ignore[assignment]
-    generator = Generator(autoencoder, shadow, precision, sampling.model_dump(), module.conditions)
+    generator = Generator(autoencoder, denoiser, precision, sampling.model_dump(), module.conditions)
     generator.to("cpu" if module.config.trainer.accelerator == "cpu" else "auto")
     fitted = {str(steps): tune(generator, sampling.sampler, steps).times for steps in sampling.tune}
     state = {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
-    state |= {f"denoiser.{k}": v for k, v in module.shadow.state_dict().items()}
+    state |= {f"denoiser.{k}": v for k, v in denoiser.state_dict().items()}
     published = {
         "autoencoder": autoencoder_config,
         "backbone": config["backbone"],
@@ -150,6 +161,7 @@ def finish(
         "sampling": config["sampling"] | {"grids": {sampling.sampler: fitted} if fitted else {}},
         "conditions": module.conditions.to_config(),
         "precision": precision,
+        "averages": averages,
         "data": {"name": images.name, "images": len(images.split("train"))},
         "fingerprint": made_from,
         "training": config,

@@ -10,17 +10,20 @@ A conditional model (configs/stage2/conditional.yaml) can be asked for lenses: `
 lens-ldm sample checkpoints/conditional --theta-E 1.2 --x-s 0.1:0.3
 Of a range each lens draws its own value; what is not asked for may be anything. samples.npz holds what was asked for, an
 array `condition_NAME` each.
+
+Several processes or machines share the work: each is told `--shard 3/8` beside the same arguments, or torchrun starts
+them. Each writes samples-3-of-8.npz, and the last one to finish joins all into samples.npz. The same command again draws
+only the shards that are missing; once joined they can be deleted.
 """
 
 import argparse
 import contextlib
 import json
 import math
-import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sized
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,20 +35,17 @@ from tqdm import tqdm
 from shared.checkpoint import read_config, versions
 from shared.cli import guard, positive
 from shared.data.formats import CONDITION
-from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.files import make_folder
 from shared.precision import check_device
+from shared.processes import rank, world
 from shared.registry import names
-from shared.report import save_grid
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.generator import Generator
+from stage2_diffusion.shards import join, read_shard, save_samples, shard, shard_files
 
-SHOWN = 64
-SETTINGS, GUIDANCE = (
-    ("sampler", "steps", "shift", "eta"),
-    ("guidance", "guidance_interval"),
-)  # a model has its own defaults
+# A model has its own defaults of both.
+SETTINGS, GUIDANCE = ("sampler", "steps", "shift", "eta"), ("guidance", "guidance_interval")
 SEEDS = 2**32  # what torch's CPU generator tells apart
 
 
@@ -66,6 +66,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{a.conditions} has {rows} lenses, --count asks for {a.count}: add some, or ask for fewer")
     count = a.count or rows or 64
     seeds = seed_range(a.seed, count)
+    part, parts = a.shard or (rank() + 1, world())
+    if parts > count:
+        raise UserError(f"{parts} shards of {count} lenses: some would be empty, ask for fewer shards")
     texts = asked_for(a, conditions)
     if twice := sorted(texts.keys() & table.keys()):
         raise UserError(f"{twice[0]} is asked for by an option and in {a.conditions}: leave out one of the two")
@@ -78,23 +81,34 @@ def main(argv: list[str] | None = None) -> None:
     guide = Generator.from_pretrained(a.guide, device, a.trust) if a.guide else None
     settings = chosen_settings(a, generator, guide, asked)
     make_folder(a.out)
-    started = time.perf_counter()
-    options = {**settings, "guide": guide, "cond": asked, "batch_size": a.batch_size}
-    images = draw(generator, seeds, observed=not a.clean, **options)
-    seconds = time.perf_counter() - started
-    metadata = {
+    request = {
         "model": str(a.model), "weights_sha256": generator.config["sha256"], **settings, "observed": not a.clean,
         "first_seed": a.seed, "count": count, **generator.autoencoder.transform.to_config(),
-        "device": str(generator.device), "lenses_per_second": round(count / seconds, 2), "versions": versions(),
     }  # fmt: skip
     if asked:
-        metadata["conditions"] = {**dict.fromkeys(table, str(a.conditions)), **texts}
+        request["conditions"] = {**dict.fromkeys(table, str(a.conditions)), **texts}
     if guide is not None:
-        metadata |= {"guide": str(a.guide), "guide_sha256": guide.config["sha256"]}
-    save_samples(a.out, images, seeds, metadata, asked)
-    print(
-        f"{a.out / 'samples.npz'}, {a.out / 'grid.png'}: {count} lenses in {seconds:.1f} s ({count / seconds:.1f} a second)"
-    )
+        request |= {"guide": str(a.guide), "guide_sha256": guide.config["sha256"]}
+    request = json.loads(json.dumps(request))  # as a file would give it back
+    files = shard_files(a.out, parts)
+    mine, own = files[part - 1], slice(count * (part - 1) // parts, count * part // parts)
+    if parts > 1 and read_shard(mine, request) is not None:
+        print(f"{mine} is complete")
+    else:
+        if a.compile:
+            generator.denoiser.backbone.compile()
+        asked = {name: values[own] for name, values in asked.items()}
+        options = {**settings, "guide": guide, "cond": asked, "batch_size": a.batch_size, "observed": not a.clean}
+        started = time.perf_counter()
+        images = draw(generator, seeds[own], **options)
+        seconds = time.perf_counter() - started
+        speed = {"lenses_per_second": round(len(images) / seconds, 2)}
+        arrays = {"images": images.numpy(), "seeds": np.asarray(seeds[own], np.int64)}
+        arrays |= {CONDITION + name: values for name, values in asked.items()}
+        save_samples(mine, arrays, {**request, "device": str(generator.device), **speed, "versions": versions()})
+        print(f"{mine}: {len(images)} lenses in {seconds:.1f} s ({len(images) / seconds:.1f} a second)")
+    if parts > 1:
+        join(files, request)
 
 
 def build_parser(conditions: Conditions | None) -> argparse.ArgumentParser:
@@ -116,6 +130,8 @@ def build_parser(conditions: Conditions | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--clean", action="store_true", help="without pixel noise")
     parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--shard", type=shard, metavar="K/N", help="draw the K-th of N parts, K from 1 (see above)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: a minute once, then faster on a GPU")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder (default %(default)s)")
     if conditions is not None and conditions.entries:
         group = parser.add_argument_group(
@@ -211,28 +227,6 @@ def draw(generator: Generator, seeds: range, progress: bool = True, **options: A
             parts.append(images.cpu())
             bar.update(len(chunk))
     return torch.cat(parts)
-
-
-def save_samples(
-    folder: Path, images: Tensor, seeds: range, metadata: dict[str, Any], asked: Mapping[str, np.ndarray]
-) -> None:
-    """samples.npz and grid.png; the old ones stay until the new ones are whole."""
-    temporary = folder / ".samples.tmp.npz"
-    try:
-        np.savez(
-            temporary,
-            images=images.numpy(),
-            seeds=np.asarray(seeds, np.int64),
-            metadata=np.asarray(json.dumps(metadata)),
-            **{CONDITION + name: values for name, values in asked.items()},  # type: ignore[arg-type]
-        )
-        os.replace(temporary, folder / "samples.npz")
-        shown = PixelTransform.from_config(metadata).unit(images[:SHOWN])
-        save_grid(folder / "grid.png", shown, columns=8, metadata=metadata)
-    except OSError as error:
-        raise UserError(f"cannot write the samples to {folder}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _weight(text: str) -> float:

@@ -21,7 +21,7 @@ from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.files import write_atomically
 from shared.metrics.two_sample import Described, Paired, Stretch, describe, holm, paired_test
-from shared.run import is_main_process
+from shared.processes import is_main_process
 from shared.simulate.preset import AXES, PLACES
 
 FORMAT = 1

@@ -142,7 +142,7 @@ def test_until_its_start_an_adversary_changes_nothing_but_itself(data: Path, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_where_it_is_and_says_how_to_go_on(
     data: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
