@@ -319,9 +319,10 @@ class Diffusion(Block):
     @field_validator("zero_terminal")
     @classmethod
     def _noise_holds_data(cls, zero_terminal: bool | None, info: ValidationInfo) -> bool | None:
-        impossible = zero_terminal and info.data.get("prediction") == "eps" and info.data.get("schedule") != "linear"
+        eps, linear = info.data.get("prediction") == "eps", info.data.get("schedule") == "linear"
+        _check(zero_terminal, not (zero_terminal and linear), "schedule linear never reaches pure noise: set false")
         what = "eps cannot start from pure noise: set false, or predict v, x0 or velocity"
-        return _check(zero_terminal, not impossible, what)
+        return _check(zero_terminal, not (zero_terminal and eps), what)
 
     @field_validator("prediction")
     @classmethod

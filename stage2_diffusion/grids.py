@@ -17,6 +17,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import softmax
 from torch import Tensor
+from tqdm import tqdm
 
 from shared.checkpoint import amend
 from shared.cli import guard, positive
@@ -66,9 +67,11 @@ def tune(generator: Generator, sampler: str, steps: int, *, count: int = 64, las
         return [schedule.t_max, *(round(t, 6) for t in schedule.time_at(torch.from_numpy(inner)).tolist()), 0.0]
 
     def latents(first: int, sampler: str, times: Sequence[float]) -> Tensor:
+        bar.update()
         drawn = generator.sample(range(first, first + count), sampler=sampler, eta=0.0, times=times, latents=True)
         return torch.cat([x_0.flatten(1).cpu() for _, x_0 in drawn])
 
+    bar = tqdm(desc=f"grid of {steps} evaluations of {sampler}", unit="try", disable=None, leave=False)
     fine = times(np.linspace(c_max, last or 0.0, FINE + (last is None))[1:FINE])
     solution = {first: latents(first, "unipc", fine) for first in (FITTED, HELD_OUT)}
 
@@ -91,7 +94,9 @@ def tune(generator: Generator, sampler: str, steps: int, *, count: int = 64, las
         options={"eps": NUDGE, "ftol": 1e-3, "maxiter": 12},
     )
     grids = {**even, "fitted": grid(fitted.x)}
-    return Tuned(grids["fitted"], {name: math.exp(log_error(HELD_OUT, times)) for name, times in grids.items()})
+    errors = {name: math.exp(log_error(HELD_OUT, times)) for name, times in grids.items()}
+    bar.close()
+    return Tuned(grids["fitted"], errors)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -81,6 +81,8 @@ def test_zero_terminal_is_a_choice_that_null_leaves_to_the_prediction():
     assert t_max("v", zero_terminal=False) == t_max("eps") == t_max("eps", zero_terminal=False)
     with pytest.raises(ValueError, match="eps cannot start from pure noise: set false"):
         Diffusion(schedule="cosine", prediction="eps", zero_terminal=True)
+    with pytest.raises(ValueError, match="linear never reaches pure noise: set false"):
+        Diffusion(schedule="linear", prediction="v", zero_terminal=True)
 
 
 # --------------------------------------------------------------------------------------------- settings
