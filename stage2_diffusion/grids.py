@@ -42,7 +42,7 @@ class Tuned(NamedTuple):
     errors: dict[str, float]
 
 
-def tune(generator: Generator, sampler: str, steps: int, *, count: int = 64, last: float | None = None) -> Tuned:
+def tune(generator: Generator, sampler: str, steps: int, *, count: int = 32, last: float | None = None) -> Tuned:
     """Fit the inner times of `sampler` with `steps` evaluations to the solution that the same noises have in FINE.
 
     count   noises of the fit; as many others are held out
@@ -52,8 +52,8 @@ def tune(generator: Generator, sampler: str, steps: int, *, count: int = 64, las
     Quasi-Newton over the widths of the steps in c = sigma / (alpha + sigma), from the better even grid; derivatives are
     differences, which take no more memory than sampling. A geometric mean, so that no few hard noises decide.
     """
-    if sampler == "ddpm":
-        raise UserError("ddpm draws noise at every step, on any grid: tune a sampler that follows the ODE")
+    if sampler in ("ddpm", "consistency"):
+        raise UserError(f"{sampler} draws noise at every step, on any grid: tune a sampler that follows the ODE")
     intervals = steps - (last is not None)
     if intervals < 2:
         raise UserError(f"a grid of {steps} evaluations leaves no time to choose: take more")
@@ -91,7 +91,7 @@ def tune(generator: Generator, sampler: str, steps: int, *, count: int = 64, las
         np.log(widths[1:] / widths[0]),
         method="L-BFGS-B",
         bounds=[(-4, 4)] * (intervals - 1),
-        options={"eps": NUDGE, "ftol": 1e-3, "maxiter": 12},
+        options={"eps": NUDGE, "ftol": 1e-3, "maxiter": 8},
     )
     grids = {**even, "fitted": grid(fitted.x)}
     errors = {name: math.exp(log_error(HELD_OUT, times)) for name, times in grids.items()}
@@ -106,11 +106,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="folder of a run or of a published model")
     parser.add_argument("--steps", type=positive, nargs="+", default=[4, 6, 8], help="evaluations (default: 4 6 8)")
     parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
-    parser.add_argument("--count", type=positive, default=64, help="noises to fit to (default: %(default)s)")
+    parser.add_argument("--count", type=positive, default=32, help="noises to fit to (default: %(default)s)")
     parser.add_argument("--last", type=share, help="share of noise at the last evaluation (default: as the fit has it)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
+    parser.add_argument(
+        "--trust", metavar="PACKAGE", help="whose code on this machine a model may run for its backbone"
+    )
     a = parser.parse_args(argv)
-    generator = Generator.from_pretrained(a.model, check_device(a.device))
+    generator = Generator.from_pretrained(a.model, check_device(a.device), a.trust)
     sampler = a.sampler or generator.defaults["sampler"]
     print(f"{sampler}: error of latents against {FINE} evaluations, on {a.count} noises that no grid was fitted to")
     for steps in a.steps:
