@@ -42,7 +42,7 @@ class Tuned(NamedTuple):
     errors: dict[str, float]
 
 
-def tune(generator: Generator, sampler: str, steps: int, *, count: int = 64, last: float | None = None) -> Tuned:
+def tune(generator: Generator, sampler: str, steps: int, *, count: int = 32, last: float | None = None) -> Tuned:
     """Fit the inner times of `sampler` with `steps` evaluations to the solution that the same noises have in FINE.
 
     count   noises of the fit; as many others are held out
@@ -91,7 +91,7 @@ def tune(generator: Generator, sampler: str, steps: int, *, count: int = 64, las
         np.log(widths[1:] / widths[0]),
         method="L-BFGS-B",
         bounds=[(-4, 4)] * (intervals - 1),
-        options={"eps": NUDGE, "ftol": 1e-3, "maxiter": 12},
+        options={"eps": NUDGE, "ftol": 1e-3, "maxiter": 8},
     )
     grids = {**even, "fitted": grid(fitted.x)}
     errors = {name: math.exp(log_error(HELD_OUT, times)) for name, times in grids.items()}
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="folder of a run or of a published model")
     parser.add_argument("--steps", type=positive, nargs="+", default=[4, 6, 8], help="evaluations (default: 4 6 8)")
     parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
-    parser.add_argument("--count", type=positive, default=64, help="noises to fit to (default: %(default)s)")
+    parser.add_argument("--count", type=positive, default=32, help="noises to fit to (default: %(default)s)")
     parser.add_argument("--last", type=share, help="share of noise at the last evaluation (default: as the fit has it)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument(

@@ -145,7 +145,7 @@ def mixture() -> Generator:
 
 @pytest.mark.parametrize("sampler", ["ab2", "unipc", "heun"])
 def test_a_fitted_grid_ends_nearer_to_the_solution_than_even_ones(mixture, sampler):
-    tuned = tune(mixture, sampler, 4)
+    tuned = tune(mixture, sampler, 4, count=64)
     assert tuned.errors.keys() == {"shift 1", "shift 3", "fitted"}
     assert tuned.errors["fitted"] < 0.9 * min(tuned.errors["shift 1"], tuned.errors["shift 3"])
     assert len(tuned.times) == 5
@@ -165,7 +165,7 @@ def test_a_fitted_grid_ends_nearer_to_the_solution_than_even_ones(mixture, sampl
 
 def test_the_last_evaluation_can_be_held(mixture):
     """What the exact denoiser says at c = 0.3 is not where the ODE ends, and the even grids go nearer to that."""
-    tuned = tune(mixture, "dpmpp", 5, last=0.3)
+    tuned = tune(mixture, "dpmpp", 5, count=64, last=0.3)
     schedule = mixture.denoiser.schedule
     c = schedule.c(torch.tensor(tuned.times, dtype=torch.float64))
     assert float(c[-2]) == pytest.approx(0.3, abs=1e-5)
@@ -180,8 +180,9 @@ def test_the_last_evaluation_can_be_held(mixture):
 
 
 def test_what_has_no_grid_to_fit_is_refused(mixture):
-    with pytest.raises(UserError, match="draws noise at every step"):
-        tune(mixture, "ddpm", 4)
+    for sampler in ("ddpm", "consistency"):
+        with pytest.raises(UserError, match=f"{sampler} draws noise at every step"):
+            tune(mixture, sampler, 4)
     with pytest.raises(UserError, match="1 evaluations leaves no time to choose"):
         tune(mixture, "ab2", 1)
     with pytest.raises(UserError, match="2 evaluations leaves no time to choose"):
