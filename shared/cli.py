@@ -26,6 +26,7 @@ COMMANDS = {
         "stage2_diffusion.evaluate:main",
         "scores with their floors; also: python stage2_diffusion/evaluate.py",
     ),
+    "sweep": ("stage2_diffusion.sweep:main", "scores, physics and lens fits against the number of evaluations"),
     "ablate": (
         "shared.ablate:main",
         "configs/ablations/NAME.yaml -> every cell trained through both stages, one table",

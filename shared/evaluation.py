@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from shared.autoencoder import Autoencoder
@@ -18,7 +19,7 @@ from shared.data.cache import LensImages
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.metrics import efficientnet, fid, physics
-from shared.metrics.lens_fit import LensFitter
+from shared.metrics.lens_fit import LensFits, LensFitter
 from shared.report import panels, rasterise
 from shared.simulate.preset import Preset
 
@@ -91,6 +92,16 @@ def lens_fitter(preset_name: str, reference: LensImages) -> tuple[LensFitter, np
     if kind in classes:
         of_kind = np.asarray(reference.index["labels"]) == classes.index(kind)
     return LensFitter(preset, kind=kind), of_kind
+
+
+def lens_share(fits: LensFits) -> dict[str, Any]:
+    """{n, share of lenses at the level of their noise, its 95 % interval (Wilson), median chi2 per pixel and per lit pixel}."""
+    good = int(fits.consistent().sum())
+    interval = stats.binomtest(good, len(fits)).proportion_ci(method="wilson")
+    return {
+        "n": len(fits), "share": good / len(fits), "interval": [float(interval.low), float(interval.high)],
+        "chi2": float(np.median(fits.chi2)), "chi2_lit": float(np.median(fits.chi2_lit)),
+    }  # fmt: skip
 
 
 class Measured:

@@ -21,7 +21,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 from tqdm import tqdm
@@ -42,6 +41,7 @@ from shared.evaluation import (
     finite,
     halves,
     lens_fitter,
+    lens_share,
     score_rows,
 )
 from shared.files import make_folder, write_atomically
@@ -245,22 +245,14 @@ class LensShare:
             self.images.setdefault(name, []).append(images[chosen])
 
     def score(self) -> dict[str, Any]:
-        """{n, preset, of each set: share of lenses, its 95 % interval (Wilson), median chi2 per pixel and per lit pixel}."""
+        """{n, preset, of each set what `lens_share` says}."""
         result: dict[str, Any] = {"preset": self.preset}
         for name, parts in self.images.items():
             images = torch.cat(parts)[: self.n]
             if not len(images):
                 raise UserError(f"--fit: none of the test images is of the first class of preset {self.preset}")
-            fits = self.fitter.fit(images, progress=True)
-            good = int(fits.consistent().sum())
-            interval = stats.binomtest(good, len(images)).proportion_ci(method="wilson")
             result["n"] = len(images)
-            result[name] = {
-                "share": good / len(images),
-                "interval": [float(interval.low), float(interval.high)],
-                "chi2": float(np.median(fits.chi2)),
-                "chi2_lit": float(np.median(fits.chi2_lit)),
-            }
+            result[name] = lens_share(self.fitter.fit(images, progress=True))
         return result
 
 

@@ -41,6 +41,7 @@ from shared.evaluation import (
     finite,
     halves,
     lens_fitter,
+    lens_share,
     physics_rows,
     score_rows,
     spectra,
@@ -148,10 +149,7 @@ def fit(fitter: LensFitter, images: Tensor, truth: Mapping[str, np.ndarray]) -> 
             # What is almost round has no angle, whatever was asked for.
             known = np.where(fits.errors[name] < LOOSE, values, np.nan) if axis else values
             parameters[name] = obedience(np.asarray(truth[name], float), known, axis)._asdict()
-    return {
-        "n": len(fits), "share": float(fits.consistent().mean()), "chi2": float(np.median(fits.chi2)),
-        "parameters": parameters,
-    }  # fmt: skip
+    return {**lens_share(fits), "parameters": parameters}
 
 
 def fit_rows(fits: dict[str, Any] | None) -> list[list[str]]:
@@ -161,6 +159,7 @@ def fit_rows(fits: dict[str, Any] | None) -> list[list[str]]:
     rows = [
         ["lens fits", *fits],
         ["lenses at the noise level", *(f"{one['share']:.0%} of {one['n']}" for one in fits.values())],
+        ["chi² of lit pixels, median", *(f"{one['chi2_lit']:.2f}" for one in fits.values())],
     ]
     for name in fits["real"]["parameters"]:
         found = [one["parameters"].get(name) for one in fits.values()]

@@ -16,6 +16,7 @@ from shared.checkpoint import load, load_autoencoder, read_config
 from shared.cli import main
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
+from shared.flops import flops
 from stage2_diffusion import custom
 from stage2_diffusion.generator import Generator
 from tests.processes import run_two
@@ -129,6 +130,35 @@ def test_every_sampler_runs_from_the_same_checkpoint(at_home: Path, sampler: str
     images = generator.images(range(2), sampler=sampler, steps=5)
     assert images.shape == (2, 1, 150, 150)
     assert torch.isfinite(images).all()
+
+
+def test_a_sweep_scores_as_evaluate_does_and_goes_on_where_it_stopped(
+    at_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = ["--reference", "data/smoke", "--count", "16", "--device", "cpu"]
+    sweep = ["sweep", "checkpoints/smoke-stage2", *scored, "--out", "swept", "--samplers", "ab2", "ddim", "--steps"]
+    main([*sweep, "4"])
+    main([*sweep, "1", "4"])
+    cells = json.loads(Path("swept/sweep.json").read_text())["cells"]
+    assert [(cell["sampler"], cell["steps"]) for cell in cells] == [("ab2", 4), ("ddim", 4), ("ab2", 1), ("ddim", 1)]
+    assert Path("swept/sweep.png").stat().st_size > 10_000
+    assert Path("swept/sweep.md").read_text().count("\n") == 6
+    main(["evaluate", "checkpoints/smoke-stage2", *scored, "--out", "evaluated", "--sampler", "ab2", "--steps", "4"])
+    alone = json.loads(Path("evaluated/metrics.json").read_text())
+    assert cells[0]["distances"]["fd_efflite0"] == alone["distances"]["fd_efflite0"]["samples"]
+    assert cells[0]["physics"] == {name: score["ratio"] for name, score in alone["physics"]["samples"].items()}
+    assert cells[0]["gflop"] - cells[2]["gflop"] == pytest.approx(3 * (cells[2]["gflop"] - decoding()))
+    monkeypatch.setattr("stage2_diffusion.sweep.Scorer", None)
+    main([*sweep, "1", "4"])  # nothing is left to do
+    other = fails(capsys, *sweep, "4", "--seed", "5")
+    assert "another seed" in other
+    assert other.count("\n") == 1
+    Path("swept/sweep.json").write_text("{")
+    assert "delete it" in fails(capsys, *sweep, "4")
+
+
+def decoding() -> float:
+    return flops(Generator.from_pretrained("checkpoints/smoke-stage2", "cpu").autoencoder)["decode"]
 
 
 def test_clean_and_observed_differ_by_pixel_noise_alone(at_home: Path) -> None:

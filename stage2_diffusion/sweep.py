@@ -1,0 +1,215 @@
+"""Quality against the number of network evaluations: every sampler at every count, scored like `lens-ldm evaluate`.
+
+lens-ldm sweep checkpoints/unet --reference data/lenses --samplers ab2 dpmpp ddim --steps 1 2 4 8 16 32 --fit 60
+python stage2_diffusion/sweep.py checkpoints/unet --reference data/lenses
+
+Writes sweep.json, sweep.md and sweep.png. All cells have the same seeds. The same command again goes on where it stopped,
+with more samplers or steps it adds cells.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from shared.cli import guard, positive
+from shared.data.cache import LensImages
+from shared.errors import UserError
+from shared.evaluation import (
+    BATCH,
+    Measured,
+    add_options,
+    check_reference,
+    chosen_networks,
+    compare,
+    finite,
+    halves,
+    lens_fitter,
+    lens_share,
+)  # fmt: skip
+from shared.files import make_folder, write_atomically
+from shared.flops import count, flops
+from shared.metrics import fid
+from shared.metrics.lens_fit import LensFitter
+from shared.precision import check_device
+from shared.registry import names
+from shared.report import panels, rasterise, save_picture
+from stage2_diffusion.generator import Generator
+from stage2_diffusion.sample import above_zero, draw, seed_range
+
+Cell = dict[str, Any]  # sampler, steps, gflop, milliseconds; of `compare`: distances, physics; of fits: lenses
+STEPS = (1, 2, 4, 8, 16, 32)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "lens-ldm sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model", help="folder of a run or of a published model")
+    add_options(parser)
+    parser.add_argument(
+        "--samplers", nargs="+", choices=names("sampler"), metavar="NAME", help=", ".join(names("sampler"))
+    )
+    parser.add_argument("--steps", nargs="+", type=positive, default=STEPS, metavar="N", help="evaluations a lens")
+    parser.add_argument(
+        "--shift", type=above_zero, help="of the grid of times (default: the model's, or its fitted grid)"
+    )
+    parser.add_argument("--fit", type=positive, metavar="N", help="also fit lens models to N samples of each cell")
+    parser.add_argument("--preset", default="deeplense", help="of the simulator, for --fit (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample (default %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
+    parser.add_argument(
+        "--trust", metavar="PACKAGE", help="whose code on this machine a model may run for its backbone"
+    )
+    a = parser.parse_args(argv)
+    networks = chosen_networks(a)
+    generator = Generator.from_pretrained(a.model, check_device(a.device), a.trust)
+    reference = LensImages(a.reference)
+    n = check_reference(generator.autoencoder, reference, a.reference, a.count, generator.config["data"]["name"])
+    samplers = a.samplers or [generator.defaults["sampler"]]
+    seeds = seed_range(a.seed, n)
+    fitter = lens_fitter(a.preset, reference)[0] if a.fit else None
+    about = {
+        "model": generator.config["sha256"], "grids": generator.defaults["grids"], "reference": reference.fingerprint,
+        "n": n, "seed": a.seed, "shift": a.shift, "fit": [a.preset, a.fit] if a.fit else None,
+        "networks": [network.metric for network in networks],
+    }  # fmt: skip
+    out = a.out or Path(a.model) / "sweep"
+    make_folder(out)
+    cells = read(out / "sweep.json", about)
+    todo = [(s, k) for s in dict.fromkeys(samplers) for k in sorted(set(a.steps)) if (s, k) not in cells]
+    if todo:
+        scored = Scorer(generator, reference, seeds, networks, fitter, a.fit)
+        for sampler, steps in tqdm(todo, desc="cells", unit="cell", disable=None):
+            cells[sampler, steps] = scored(sampler, steps, a.shift)
+            content = {**about, "cells": list(cells.values())}
+            write_atomically(out / "sweep.json", (json.dumps(finite(content), indent=1) + "\n").encode())
+    write_atomically(out / "sweep.md", (table(list(cells.values())) + "\n").encode())
+    save_picture(out / "sweep.png", figure(list(cells.values())))
+    print(table(list(cells.values())))
+    print(f"{out / 'sweep.md'}, {out / 'sweep.png'}")
+
+
+def read(path: Path, about: dict[str, Any]) -> dict[tuple[str, int], Cell]:
+    """The finished cells of a sweep of this model and these images. UserError if the file is of another."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        cells = {(cell["sampler"], cell["steps"]): cell for cell in found["cells"]}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it, or choose another --out") from error
+    if changed := [key for key, value in about.items() if found.get(key) != value]:
+        raise UserError(f"{path} is of another {changed[0]}: choose another --out, or delete it")
+    return cells
+
+
+class Scorer:
+    """Cell by cell, against reference images that are measured once."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        reference: LensImages,
+        seeds: range,
+        networks: list[fid.Network],
+        fitter: LensFitter | None,
+        fits: int | None,
+    ) -> None:
+        self.generator, self.seeds, self.fitter, self.fits = generator, seeds, fitter, fits
+        self.networks, self.transform = networks, reference.transform
+        half, other = halves(reference, len(seeds))
+        self.reference, self.real = (self.measured(reference.batch(part)) for part in (half, other))
+        # What a conditional model is asked for, as in `evaluate`.
+        self.asked = generator.conditions.of(reference, other)
+        x_t = torch.zeros(1, *generator.autoencoder.latent_shape, device=generator.device)
+        self.evaluation = count(generator.denoise(generator.condition(1)), x_t, torch.ones(1, device=x_t.device))
+        self.decoding = flops(generator.autoencoder)["decode"]
+
+    def measured(self, images: Tensor) -> Measured:
+        measured = Measured(self.networks, self.transform)
+        for batch in images.split(BATCH):
+            measured.add(batch)
+        return measured
+
+    def __call__(self, sampler: str, steps: int, shift: float | None) -> Cell:
+        started = time.perf_counter()
+        samples = draw(self.generator, self.seeds, cond=self.asked, sampler=sampler, steps=steps, shift=shift)
+        seconds = time.perf_counter() - started
+        scores = compare(self.reference, self.real, {"samples": self.measured(samples)})
+        cell = {
+            "sampler": sampler, "steps": steps,
+            "gflop": steps * self.evaluation + self.decoding, "milliseconds": 1000 * seconds / len(samples),
+            "distances": {metric: found["samples"] for metric, found in scores["distances"].items()},
+            "physics": {quantity: score["ratio"] for quantity, score in scores["physics"]["samples"].items()},
+        }  # fmt: skip
+        if self.fitter is not None:
+            cell["lenses"] = lens_share(self.fitter.fit(samples[: self.fits], progress=True))
+        return cell
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Markdown, a row for each cell."""
+    metrics, quantities = cells[0]["distances"], cells[0]["physics"]
+    fitted = any("lenses" in cell for cell in cells)
+    header = ["sampler", "evaluations", "GFLOP", "ms", *(f"{metric}, excess" for metric in metrics), *quantities]
+    rows = [header + ["lenses", "chi² lit"] * fitted]
+    for cell in cells:
+        row = [cell["sampler"], str(cell["steps"]), f"{cell['gflop']:.2f}", f"{cell['milliseconds']:.1f}"]
+        row += [f"{s['excess']:.2f} (floor {s['floor']:.2f} ± {s['floor_sd']:.2f})" for s in cell["distances"].values()]
+        row += ["–" if ratio is None else f"{ratio:.1f}" for ratio in cell["physics"].values()]
+        if fitted:
+            low, high = cell["lenses"]["interval"]
+            row += [f"{cell['lenses']['share']:.0%} ({low:.0%} to {high:.0%})", f"{cell['lenses']['chi2_lit']:.2f}"]
+        rows.append(row)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def figure(cells: Sequence[Cell]) -> Image.Image:
+    """Against the evaluations of the network, for each sampler: excess of each distance, physics, lenses."""
+    metrics, fitted = list(cells[0]["distances"]), any("lenses" in cell for cell in cells)
+    drawing, axes = panels(len(metrics) + 1 + fitted, width=4.4)
+    for j, sampler in enumerate(dict.fromkeys(cell["sampler"] for cell in cells)):
+        own = sorted((cell for cell in cells if cell["sampler"] == sampler), key=lambda cell: cell["steps"])
+        steps, style = (
+            [cell["steps"] for cell in own],
+            {"color": f"C{j}", "marker": "os^Dv<>P"[j % 8], "ms": 4, "lw": 1.2},
+        )
+        for axis, metric in zip(axes, metrics, strict=False):
+            axis.plot(steps, [cell["distances"][metric]["excess"] for cell in own], label=sampler, **style)
+        axes[len(metrics)].plot(steps, [typical(cell["physics"].values()) for cell in own], label=sampler, **style)
+        if fitted:
+            share = np.array([[cell["lenses"]["share"], *cell["lenses"]["interval"]] for cell in own]).T
+            axes[-1].errorbar(steps, share[0], np.abs(share[1:] - share[0]), label=sampler, capsize=2, **style)
+    for axis, metric in zip(axes, metrics, strict=False):
+        sd = cells[0]["distances"][metric]["floor_sd"]
+        axis.axhspan(-sd, sd, color="0.9")
+        axis.set(title=f"{metric}, excess over real images", yscale="symlog")
+    axes[len(metrics)].axhline(1, color="k", lw=0.6)
+    axes[len(metrics)].set(title="W1 of physics over that of real images", yscale="log")
+    if fitted:
+        axes[-1].set(title="share of lenses at the noise level", ylim=(0, 1))
+    for axis in axes:
+        axis.set(xscale="log", xlabel="evaluations of the network a lens")
+        axis.legend(fontsize=8)
+    return rasterise(drawing)
+
+
+def typical(ratios: Iterable[float | None]) -> float:
+    """The geometric mean of those that are finite."""
+    logs = [math.log(ratio) for ratio in ratios if ratio]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+if __name__ == "__main__":
+    guard(main)
