@@ -545,6 +545,10 @@ class Stage2(_Run):
 class Paths(Block):
     """A teacher's ways from noise to a sample, solved anew at every step; the student learns where they end."""
 
+    path: str | None = key(
+        None,
+        "data set whose conditions are asked for; null: the teacher's own; no teacher without conditions needs one",
+    )
     batch_size: int = key(16, "paths a step, over all devices", ge=1)
     steps: int = key(6, "evaluations of the teacher a path", ge=2)
     points: int = key(3, "points of a path to learn from, of which its start is one", ge=1)

@@ -147,7 +147,7 @@ class Denoiser(nn.Module):
         alpha, sigma = self.schedule(t)
         if cond is not None and self.training:
             draw = torch.rand(len(batch), len(self.groups) - self.always + 3, device=x_0.device, generator=generator)
-            cond = self._dropped(cond, draw.chunk(parts)[part])
+            cond = self.dropped(cond, draw.chunk(parts)[part])
         out = self.backbone(alpha * x_0 + sigma * eps, t, self._flagged(cond, x_0)).float()
         error = (out - target(self.prediction, x_0, eps, alpha, sigma)).square().flatten(1).mean(1)
         if self.weighting == "min_snr":
@@ -162,11 +162,13 @@ class Denoiser(nn.Module):
             u = torch.sigmoid(self.time_mean + self.time_std * torch.special.ndtri(u))
         return self.schedule.t_max * u
 
-    def _dropped(self, cond: Tensor, draw: Tensor) -> Tensor:
+    def dropped(self, cond: Tensor, draw: Tensor | None = None) -> Tensor:
         """cond (N, d) as a step of training tells it: some samples lose all of it, others a random part.
 
-        draw   (N, 3 + parts that can be lost), uniform in 0 ... 1
+        draw   (N, 3 + parts that can be lost), uniform in 0 ... 1; None: from torch's global generator
         """
+        if draw is None:
+            draw = torch.rand(len(cond), len(self.groups) - self.always + 3, device=cond.device)
         keep = (draw[:, 3:] < draw[:, 2:3]) | (draw[:, 1:2] >= self.cond_subsets)
         keep &= draw[:, :1] >= self.cond_dropout
         keep = torch.cat([keep.new_ones(len(cond), self.always), keep], 1)

@@ -1,7 +1,8 @@
 """Teach a trained model to sample in one or two evaluations, and publish the student.
 
 python stage2_diffusion/distill.py --config configs/stage2/distill.yaml --teacher checkpoints/unet --name unet-few
-It needs no images: the teacher makes what the student learns from. The same command again goes on where it stopped.
+The teacher makes what the student learns from; of a data set it needs what lenses to ask for, if it can be asked for any.
+The same command again goes on where it stopped.
 """
 
 from shared.cli import guard

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from shared.checkpoint import fingerprint, publish
 from shared.config import to_dict
+from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.precision import autocast, choose_device, resolve_precision
 from shared.processes import is_main_process
@@ -39,20 +40,36 @@ def distill(config: Distill, resume: str = "auto") -> Path:
     teacher.precision = precision
     if before := teacher.config.get("distilled"):
         raise UserError(f"{config.teacher} is distilled itself and has no paths to learn: give its teacher, {before}")
-    if teacher.conditions.entries:
-        raise UserError(
-            f"{config.teacher} can be asked for lenses, which a student would forget: give one without conditions"
-        )
-    made_from = {"teacher": fingerprint(config.teacher)}
+    asked, of_data = conditions_asked(config, teacher)
+    made_from = {"teacher": fingerprint(config.teacher), **of_data}
     run = Run(config, resume)
     if run.is_complete(made_from):
         tqdm.write(f"{run.folder} is complete")
         return run.model
-    module = Distillation(config, teacher)
+    module = Distillation(config, teacher, asked)
     fit(module, run, made_from)
     if is_main_process():
         finish(module, run, made_from)
     return run.model
+
+
+def conditions_asked(config: Distill, teacher: Generator) -> tuple[Tensor | None, dict[str, str]]:
+    """The conditions (n, d) of n training images as the data have them turned, and the fingerprint of that data set.
+
+    (1, d) and no data set if labels of turns are all there is; None if there is no condition at all.
+    """
+    conditions = teacher.conditions
+    if not conditions.entries:
+        return conditions.vector(1), {}
+    path = config.data.path or teacher.config["training"]["data"]["path"]
+    images = LensImages(path)
+    indices = images.split("train")
+    known = conditions.of(images, indices)
+    if missing := [name for name in conditions.names if name not in known]:
+        raise UserError(
+            f"{path} does not know {missing[0]}, which {config.teacher} can be asked for: give --data.path of its own data"
+        )
+    return conditions.vector(len(indices), known), {"data": images.fingerprint}
 
 
 @torch.no_grad()
@@ -84,20 +101,26 @@ def end_error(denoise: Denoise, schedule: Schedule, states: Tensor, x_0: Tensor,
 
 
 class Distillation(StageModule):
-    """The student for Lightning. Its data are noises, drawn anew at every step."""
+    """The student for Lightning. Its data are noises, drawn anew at every step.
+
+    asked   conditions (n, d) that paths are solved under, dropped as in the teacher's training; None without conditions
+    """
 
     network: Denoiser
 
-    def __init__(self, config: Distill, teacher: Generator) -> None:
+    def __init__(self, config: Distill, teacher: Generator, asked: Tensor | None) -> None:
+        student = deepcopy(teacher.denoiser).requires_grad_(True).train()
         shape = teacher.autoencoder.latent_shape
-        super().__init__(
-            config,
-            deepcopy(teacher.denoiser).requires_grad_(True).train(),
-            lambda places: torch.randn(len(places), *shape),
-            config.data.batch_size,
-        )
+
+        def draw(places: Tensor) -> tuple[Tensor, ...]:
+            noise = torch.randn(len(places), *shape)
+            return (noise,) if asked is None else (noise, asked[torch.randint(len(asked), (len(places),))])
+
+        super().__init__(config, student, draw, config.data.batch_size)
         self.frozen = (teacher,)  # in a tuple, so that Lightning neither trains, moves nor saves it
-        self.watched: tuple[Tensor, Tensor] | None = None
+        noise = SeededNoise(range(HELD_OUT), stream=1)(shape)
+        self.held_out = (noise, None if asked is None else asked[torch.arange(HELD_OUT) % len(asked)])
+        self.ends: Tensor | None = None  # of the paths of `held_out`
 
     @property
     def compiled_part(self) -> nn.Module:
@@ -106,40 +129,35 @@ class Distillation(StageModule):
     def times(self, steps: int) -> Tensor:
         return self.network.schedule.times(steps, self.frozen[0].defaults["shift"])
 
-    def denoise(self, denoiser: Denoiser) -> Denoise:
-        """D(x_t, t) under the condition of every sample: lenses as the data have them turned."""
-        condition = self.frozen[0].condition
-        return lambda x_t, t: denoiser(x_t.contiguous(memory_format=torch.channels_last), t, condition(len(x_t)))
-
     @torch.no_grad()
-    def paths(self, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """The teacher's paths from noise (N, c, h, w), as `solve` gives them."""
-        teacher = self.frozen[0].denoiser
-        return solve(
-            self.denoise(teacher), teacher.schedule, lambda shape: noise, noise.shape[1:], times=self.times(steps)
-        )  # fmt: skip
+    def paths(self, noise: Tensor, cond: Tensor | None, steps: int) -> tuple[Tensor, Tensor]:
+        """The teacher's paths from noise (N, c, h, w) under conditions (N, d), as `solve` gives them."""
+        teacher, schedule = self.frozen[0], self.network.schedule
+        return solve(teacher.denoise(cond), schedule, lambda shape: noise, noise.shape[1:], self.times(steps))
 
     def loss(self, batch: Tensor, *beside: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        d = self.config.data
-        states, x_0 = self.paths(batch, d.steps)
-        times = self.times(d.steps)[:-1]
-        errors = end_error(self.denoise(self.network), self.network.schedule, states, x_0, times, d.points)
+        d, cond = self.config.data, self.network.dropped(beside[0]) if beside else None
+        states, x_0 = self.paths(batch, cond, d.steps)
+        everywhere = None if cond is None else cond.repeat(d.points, 1)
+        errors = end_error(
+            lambda x_t, t: self.network(x_t.contiguous(memory_format=torch.channels_last), t, everywhere),
+            self.network.schedule, states, x_0, self.times(d.steps)[:-1], d.points,
+        )  # fmt: skip
         return errors.mean(), {"from_noise": errors[0].mean()}
 
     @torch.no_grad()
     def validate(self, folder: Path | None) -> dict[str, float]:
         shadow: Denoiser = self.shadow  # type: ignore[assignment]
         teacher, was_training = self.frozen[0], shadow.training
-        shadow.eval()
+        generator = Generator(teacher.autoencoder, shadow, teacher.precision, None, teacher.conditions)
+        noise, cond = self.held_out[0].to(self.device), self.held_out[1]
+        cond = None if cond is None else cond.to(self.device)
         with autocast(self.device, teacher.precision):
-            if self.watched is None:
-                noise = SeededNoise(range(HELD_OUT), self.device, stream=1)(teacher.autoencoder.latent_shape)
-                self.watched = noise, self.paths(noise, EXACT)[1]
-            noise, ends = self.watched
-            guess = consistency(self.denoise(shadow), shadow.schedule, lambda shape: noise, noise.shape[1:], 1)
-        metrics = {"end_error": float((guess - ends).square().mean())}
+            if self.ends is None:
+                self.ends = self.paths(noise, cond, EXACT)[1]
+            guess = consistency(generator.denoise(cond), shadow.schedule, lambda shape: noise, noise.shape[1:], 1)
+        metrics = {"end_error": float((guess - self.ends).square().mean())}
         if folder is not None:
-            generator = Generator(teacher.autoencoder, shadow, teacher.precision, None, teacher.conditions)
             images = generator.images(range(PREVIEWS), **self.config.sampling.model_dump())
             s, step = self.config.sampling, self.trainer.global_step
             pictures = teacher.autoencoder.transform.unit(images)

@@ -4,23 +4,27 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from shared.autoencoder import Pixels
 from shared.checkpoint import load, publish
 from shared.cli import main
 from shared.config import load_config
+from shared.data.cache import CacheWriter, LensImages
+from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.schema import Distill, Stage2
 from stage2_diffusion import distillation
-from stage2_diffusion.conditions import Conditions, one_hot
+from stage2_diffusion.conditions import Conditions, Entry
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.distillation import distill, end_error, solve
-from stage2_diffusion.generator import Generator, build_denoiser
+from stage2_diffusion.generator import Generator
 from stage2_diffusion.grids import tune
 from stage2_diffusion.pipeline import train
-from stage2_diffusion.samplers import SeededNoise, ab2, consistency
+from stage2_diffusion.samplers import SeededNoise, consistency
 from stage2_diffusion.schedule import NoiseSchedule
 from tests.blobs import blobs
 
@@ -175,28 +179,81 @@ def test_a_student_that_was_stopped_and_goes_on_is_one_that_was_not(
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.slow
-def test_the_condition_of_samples_is_that_of_paths(teacher: Path) -> None:
-    """A student of a teacher with labels learns what samples are asked for: label 0 of its training."""
-    generator = Generator.from_pretrained(teacher, "cpu")
-    network = {"name": "unet", "width": 8, "multipliers": [1, 1], "blocks": 1, "heads": 1}
-    flow = {"schedule": "flow", "prediction": "velocity", "time": "uniform", "shift": 1.0}
+class Told(nn.Module):
+    """A backbone whose velocity is one of the numbers it is told, where it is told it."""
+
+    cond_dim = 5  # two labels, one number; a flag for each
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        self.cond = cond
+        return self.gain * cond[:, 2].reshape(-1, 1, 1, 1).expand_as(x)
+
+
+def conditional(**options: float) -> Generator:
+    flow, theta = NoiseSchedule("flow"), Entry("theta_E", limits=(0.5, 1.5), mean=(1.0,), std=(0.5,))
+    shares = {"cond_dropout": options.get("dropout", 0.0)}
+    denoiser = Denoiser(Told(), flow, "velocity", groups=[2, 1], always=1, **shares)
+    autoencoder = Pixels((1, 3, 3), PixelTransform(0.0, 1.0))
+    return Generator(autoencoder, denoiser, conditions=Conditions(2, (theta,)))
+
+
+def test_paths_are_solved_under_the_conditions_that_the_student_is_told(teacher: Path) -> None:
+    asked = torch.tensor([[1.0, 0.0, 0.5], [1.0, 0.0, -2.0]])
+    module = distillation.Distillation(settings(teacher), conditional(), asked)
     torch.manual_seed(0)
-    denoiser = build_denoiser(network, flow, (1, 30, 30), Conditions(labels=8))
-    for parameter in denoiser.parameters():  # or else it starts as nothing, whatever the condition
-        nn.init.normal_(parameter, std=0.3)
-    labelled = Generator(generator.autoencoder, denoiser, conditions=Conditions(labels=8))
-    module = distillation.Distillation(settings(teacher, "labelled"), labelled)
-    noise = SeededNoise([1, 2])((1, 30, 30))
-
-    def ends(label: int) -> Tensor:
-        labels = one_hot(8)[label].expand(2, -1)
-        return ab2(lambda x, t: denoiser(x, t, labels), denoiser.schedule, lambda shape: noise, (1, 30, 30), 4)
-
+    noise, cond = module.batches(torch.arange(64))
+    assert {tuple(row) for row in cond.tolist()} == {tuple(row) for row in asked.tolist()}
+    _, x_0 = module.paths(noise, cond, 4)
+    torch.testing.assert_close(x_0, noise - cond[:, 2:].reshape(-1, 1, 1, 1))  # a velocity of its own for each path
+    loss, _ = module.loss(noise, cond)
+    assert loss < 1e-10  # the student is told the same, point by point
     with torch.no_grad():
-        found, right, wrong = module.paths(noise, 4)[1], ends(0), ends(3)
-    assert (found - right).abs().max() < 0.01 * (wrong - right).abs().max()
-    assert (wrong - right).abs().max() > 1e-2
+        module.network.backbone.gain.zero_()
+    assert module.loss(noise, cond)[0].item() == pytest.approx(float(cond[:, 2].square().mean()), rel=1e-4)
+
+
+def test_conditions_are_dropped_as_in_the_teachers_training(teacher: Path) -> None:
+    asked = torch.tensor([[1.0, 0.0, 0.5]])
+    module = distillation.Distillation(settings(teacher), conditional(dropout=0.5), asked)
+    torch.manual_seed(0)
+    loss, _ = module.loss(*module.batches(torch.arange(256)))
+    assert loss < 1e-10
+    labels, told = module.network.backbone.cond[:, :2], module.network.backbone.cond[:, 4]
+    assert (labels == asked[:, :2]).all()  # samples are always asked for as the data have them turned
+    assert 0.4 < told.mean() < 0.6
+
+
+@pytest.mark.slow
+def test_a_teacher_that_can_be_asked_has_such_a_student(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, known in (("data", "theta_E"), ("others", "gamma")):
+        writer = CacheWriter(tmp_path / name, 60, (1, 6, 6), {"kind": "test"})
+        for chunk in writer.pending():
+            writer.write(chunk, rng.random((len(chunk), 1, 6, 6), np.float32))
+        writer.finish(parameters={known: {"unit": "", "values": rng.uniform(0.5, 1.5, 60)}})
+    teacher = train(load_config(Stage2, [], {
+        "name": "teacher", "output": str(tmp_path), "autoencoder": "pixels",
+        "data": {"path": str(tmp_path / "data"), "batch_size": 8, "augment": "none"},
+        "condition": {"parameters": ["theta_E"]},
+        "backbone": {"name": "unet", "width": 8, "multipliers": [1, 1], "blocks": 1, "heads": 1},
+        "trainer": TRAINER, **QUIET,
+    })).parent  # fmt: skip
+    config = settings(teacher)
+    student = Generator.from_pretrained(distill(config), "cpu")
+    assert student.conditions == Generator.from_pretrained(teacher, "cpu").conditions
+    assert student.config["fingerprint"]["data"] == LensImages(tmp_path / "data").fingerprint
+    one, other = (student.images([1], cond={"theta_E": value}) for value in (0.6, 1.4))
+    assert one.shape == (1, 1, 6, 6)
+    assert not torch.equal(one, other)
+    others = config.model_copy(
+        update={"name": "x", "data": config.data.model_copy(update={"path": str(tmp_path / "others")})}
+    )
+    with pytest.raises(UserError, match=r"others does not know theta_E, which .* can be asked for"):
+        distill(others)
 
 
 @pytest.mark.slow
