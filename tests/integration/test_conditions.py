@@ -213,8 +213,6 @@ def test_mistakes_are_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -
     wrong = options(home, "wrong")
     assert "did you mean 'theta_E'" in fails(capsys, "train-diffusion", *wrong, "--condition.parameters", "[thetaE]")
     assert "guidance needs a condition" in fails(capsys, "train-diffusion", *wrong, "--sampling.guidance", "2")
-    error = fails(capsys, "distill", "--teacher", model, "--output", home, "--logger.wandb", "disabled")
-    assert "which a student would forget" in error
     assert "is there twice" in fails(capsys, "train-diffusion", *wrong, "--condition.parameters", "[theta_E, theta_E]")
 
 

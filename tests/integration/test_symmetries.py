@@ -77,21 +77,24 @@ class Watching(StageModule):
         return batch.sum(), {}
 
 
-def drawn(elements: int, step: int, rank: int = 0, seed: int = 0, n: int = 400) -> Tensor:
+def drawn(elements: int, step: int, rank: int = 0, seed: int = 0, n: int = 400, world: int = 1) -> Tensor:
     config: Any = SimpleNamespace(seed=seed, ema=SimpleNamespace(decay=0), trainer=SimpleNamespace(channels_last=False))
     module = Watching(config, nn.Linear(1, 1), lambda places: places.float(), 1000, [1 / elements] * elements)
-    module._trainer = SimpleNamespace(global_step=step, global_rank=rank)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=world)  # type: ignore[assignment]
     places = module.batches(torch.arange(n) + 1000 * module.drawn(n))
     assert isinstance(places, Tensor)
     assert torch.equal(places % 1000, torch.arange(n).float())
     return places // 1000
 
 
-def test_elements_are_uniform_and_a_function_of_seed_step_and_rank():
+def test_elements_are_uniform_and_a_function_of_seed_step_and_place():
     one = drawn(8, step=3)
     torch.manual_seed(1)
     assert torch.equal(drawn(8, step=3), one)
-    for other in (drawn(8, step=4), drawn(8, step=3, rank=1), drawn(8, step=3, seed=1)):
+    shares = [drawn(8, step=3, rank=rank, n=200, world=2) for rank in (0, 1)]
+    assert torch.equal(torch.cat(shares), one)  # two processes turn what one does
+    assert (shares[0] == shares[1]).float().mean() < 0.25
+    for other in (drawn(8, step=4), drawn(8, step=3, seed=1)):
         assert (other == one).float().mean() < 0.25
     counts = torch.bincount(torch.cat([drawn(8, step=k) for k in range(25)]).long(), minlength=8)
     assert ((counts - 1250) ** 2 / 1250).sum() < 24.3  # chi² of 7, p = 0.001
@@ -107,7 +110,7 @@ def test_without_symmetries_the_noise_of_a_step_is_left_alone():
     config: Any = SimpleNamespace(seed=0, ema=SimpleNamespace(decay=0))
     module = Watching.__new__(Watching)
     StageModule.__init__(module, config, nn.Identity(), lambda places: places, 10, [0.5, 0.5])
-    module._trainer = SimpleNamespace(global_step=0, global_rank=0)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1)  # type: ignore[assignment]
     module.drawn(8)
     assert torch.equal(torch.random.get_rng_state(), state)
 
