@@ -30,6 +30,7 @@ from shared.registry import build
 from shared.run import Run
 from shared.schema import Stage1, Stage2
 from shared.training import StageModule, fit
+from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.generator import Generator, build_denoiser
 from stage2_diffusion.module import DiffusionModule
 
@@ -122,7 +123,7 @@ def ours(
         c = config(optimizer, folder, steps)
         network = build_denoiser(to_dict(c)["backbone"], to_dict(c)["diffusion"], autoencoder.latent_shape)
         module = DiffusionModule(
-            c, network, autoencoder, lambda i: latents[i], len(latents), (1.0,), latents[:2], "fp32", {}
+            c, network, autoencoder, lambda i: latents[i], len(latents), (1.0,), latents[:2], "fp32", Conditions()
         )
         taken: list[float] = []
         last = [0.0]
@@ -159,13 +160,13 @@ def sampling_loop(network: nn.Module, autoencoder: Autoencoder, count: int, step
         autoencoder.decode(x, observed=True, generator=[torch.Generator().manual_seed(k) for k in range(count)])
 
 
-def median_time(function: Callable[[], Any], repeats: int) -> float:
-    times = []
+def times(function: Callable[[], Any], repeats: int) -> list[float]:
+    taken = []
     for _ in range(repeats + 1):
         started = time.process_time()
         function()
-        times.append(time.process_time() - started)
-    return statistics.median(times[1:])
+        taken.append(time.process_time() - started)
+    return taken[1:]
 
 
 def main() -> None:
@@ -209,7 +210,7 @@ def main() -> None:
             rest, parts = sum(taken), dict(spent.seconds)
     if a.pixels:
         pixels = Theirs(backbone(SHAPE), images, PIXEL_BATCH, None)
-        speed["diffusers, pixels, the same network"] = [PIXEL_BATCH / median_time(pixels, a.pixels)]
+        speed["diffusers, pixels, the same network"] = [PIXEL_BATCH / seconds for seconds in times(pixels, a.pixels)]
 
     base = statistics.median(speed["ours, muon"])
     print(f"| training, batches of {batch} | images/s | ours, muon, over it | n |\n|---|---|---|---|")
@@ -232,7 +233,7 @@ def main() -> None:
     }
     print("\n| sampling, decoded, 64 at once | lenses/s |\n|---|---|")
     for name, function in drawn.items():
-        print(f"| {name} | {count / median_time(function, 5):.1f} |")
+        print(f"| {name} | {count / statistics.median(times(function, 5)):.1f} |")
     spent = Spent()
     spent.watch(denoiser, forward="network")
     spent.watch(autoencoder, decode_clean="decoder", observe="pixel noise")
