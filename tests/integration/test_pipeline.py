@@ -69,7 +69,7 @@ def test_quickstart_makes_what_it_names(at_home: Path) -> None:
     out = at_home / "checkpoints" / "smoke"
     report = (out / "report.html").read_text()
     assert report.count("<img") == 5
-    assert "http" not in report.replace("http-equiv", "")  # nothing is loaded from anywhere
+    assert "://" not in report  # nothing is loaded from anywhere
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["n"] == 16
     for score in metrics["distances"]["fd_efflite0"].values():

@@ -36,8 +36,9 @@ def test_fits_find_what_was_planted():
     assert found["parameters"]["PA_s"]["n"] < 8  # one of them is round
     assert found["parameters"]["PA_s"]["r2"] > 0.98
     nothing = fit(fitter, images[:2], {})
-    header, share, *rows = fit_rows({"real": found, "samples": nothing})
+    header, share, chi2, *rows = fit_rows({"real": found, "samples": nothing})
     assert header == ["lens fits", "real", "samples"]
     assert share[1:] == ["100% of 8", "100% of 2"]
+    assert 0.8 < float(chi2[1]) < 1.2
     assert [row[2] for row in rows] == ["-"] * 4
     assert fit_rows(None) == []
