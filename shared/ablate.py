@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.cli import Parser
 from shared.config import load_config, to_dict
 from shared.errors import UserError
 from shared.explain import describe, hint
@@ -34,7 +35,7 @@ STATES = {"done": "done", "failed": "failed", "begun": "begun, goes on", None: "
 
 def main(argv: list[str] | None = None) -> None:
     keys = "\n".join(f"  --{key:<24} {default:<28} {text}" for key, default, text in describe(Ablation))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "lens-ldm ablate",
         description=__doc__,
         epilog=f"keys of FILE, also as --KEY VALUE:\n{keys}",

@@ -5,6 +5,7 @@ import errno
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from typing import NoReturn
 
 from shared.errors import UserError
 
@@ -66,6 +67,13 @@ def guard(script: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, and the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but for its errors: one line, as for every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (`{self.prog} --help` shows what there is)")
 
 
 def at_least(low: int) -> Callable[[str], int]:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from shared.cli import Parser
 from shared.errors import UserError
 from shared.explain import COMMAND_LINE, OPTIONS, Layer, describe, explain, hint, shown
 
@@ -63,7 +64,7 @@ def parse_arguments(
     """
     told = dict.fromkeys(describe(schema))  # once, what parts have in common
     keys = "\n".join(f"  --{key:<44} {default:<16} {text}" for key, default, text in told)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         epilog=f"any key of the config, as --KEY VALUE or --KEY=VALUE with a value in YAML:\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

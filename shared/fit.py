@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from shared.cli import at_least, positive
+from shared.cli import Parser, at_least, positive
 from shared.data.cache import INDEX, LensImages
 from shared.data.formats import CONDITION
 from shared.data.sources import BrokenImage, Source
@@ -33,9 +33,7 @@ ANGLES = [angle for _, angle in Coordinates.SPINS]
 
 def main(argv: list[str] | None = None) -> None:
     """Run `lens-ldm fit`."""
-    parser = argparse.ArgumentParser(
-        "lens-ldm fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("lens-ldm fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="data/NAME, samples.npz, a folder of .npy, ...")
     parser.add_argument("--preset", default="deeplense", help="name in configs/simulate or .yaml file: what may be")
     parser.add_argument("--class", dest="kind", metavar="NAME", help="of the preset (default: its first)")

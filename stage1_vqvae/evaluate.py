@@ -26,7 +26,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 from tqdm import tqdm
 
 from shared.checkpoint import build_autoencoder, load, versions
-from shared.cli import guard, positive
+from shared.cli import Parser, guard, positive
 from shared.data.cache import LensImages
 from shared.data.normalise import hint, sky
 from shared.errors import UserError
@@ -64,9 +64,7 @@ TRUTH, AGAIN = "truth + fitted noise", "truth + new noise"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "lens-ldm evaluate-vqvae", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser("lens-ldm evaluate-vqvae", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", help="folder of a stage-1 run or of a published autoencoder")
     add_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared.checkpoint import versions
-from shared.cli import guard, positive
+from shared.cli import Parser, guard, positive
 from shared.data.cache import LensImages
 from shared.data.formats import CONDITION
 from shared.data.normalise import PixelTransform, hint
@@ -62,9 +62,7 @@ LOOSE = 5.0  # degrees: angles with larger errors of their fit are not compared
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "lens-ldm evaluate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser("lens-ldm evaluate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", help="folder of a run or of a published model")
     add_options(parser)
     parser.add_argument("--samples", type=Path, help="samples.npz of this model, instead of drawing new ones")

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared.checkpoint import amend
-from shared.cli import guard, positive
+from shared.cli import Parser, guard, positive
 from shared.errors import UserError
 from shared.precision import check_device
 from shared.registry import names
@@ -100,9 +100,7 @@ def tune(generator: Generator, sampler: str, steps: int, *, count: int = 32, las
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "lens-ldm tune-grid", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser("lens-ldm tune-grid", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", help="folder of a run or of a published model")
     parser.add_argument("--steps", type=positive, nargs="+", default=[4, 6, 8], help="evaluations (default: 4 6 8)")
     parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")

@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Sized
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared.checkpoint import read_config, versions
-from shared.cli import guard, positive
+from shared.cli import Parser, guard, positive
 from shared.data.formats import CONDITION
 from shared.errors import UserError
 from shared.files import make_folder
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build_parser(conditions: Conditions | None) -> argparse.ArgumentParser:
     """Of the command, with an option for each entry that a model can be asked for."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "lens-ldm sample", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model", help="folder of a run or of a published model")
@@ -149,16 +149,11 @@ def build_parser(conditions: Conditions | None) -> argparse.ArgumentParser:
 def conditions_of_command(argv: list[str]) -> Conditions | None:
     """Of the model that a command line names; None if it names none, which is for the whole parser to say."""
     parser = build_parser(None)
-    parser.error = _fail  # type: ignore[method-assign]
     try:
         a, _ = parser.parse_known_args([argument for argument in argv if argument not in ("-h", "--help")])
     except UserError:
         return None
     return Conditions.from_config(read_config(a.model, "diffusion").get("conditions", {}))
-
-
-def _fail(message: str) -> NoReturn:
-    raise UserError(message)
 
 
 def _joined(argv: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.cli import guard, positive
+from shared.cli import Parser, guard, positive
 from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation import (
@@ -51,9 +51,7 @@ STEPS = (1, 2, 4, 8, 16, 32)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "lens-ldm sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser("lens-ldm sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", help="folder of a run or of a published model")
     add_options(parser)
     parser.add_argument(

@@ -5,7 +5,6 @@ eight flips and rotations leave the distribution of the images alone, and writes
 its images. --against asks how well a small network tells the images from those of another data set.
 """
 
-import argparse
 import errno
 import io
 import math
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from shared.cli import at_least, positive
+from shared.cli import Parser, at_least, positive
 from shared.data.cache import LensImages
 from shared.data.sources import NO_CLASS
 from shared.errors import UserError
@@ -36,7 +35,7 @@ GREY = "#5a5a66"
 
 def main(argv: list[str] | None = None) -> None:
     """The command line of `lens-ldm inspect`."""
-    parser = argparse.ArgumentParser(prog="lens-ldm inspect", description=__doc__)
+    parser = Parser(prog="lens-ldm inspect", description=__doc__)
     parser.add_argument("data", type=Path, metavar="data/NAME", help="a data set of `prepare` or `simulate`")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to put the pictures (default: the data set)")
     parser.add_argument("--symmetries", action="store_true", help="test them on the training images")

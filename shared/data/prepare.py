@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from shared.cli import Parser
 from shared.data.cache import INDEX, PROGRESS, CacheWriter, LensImages
 from shared.data.inspect import CONTACT_SHEET, table, write_contact_sheet
 from shared.data.normalise import CHOICES, Normalisation, hint
@@ -35,9 +36,7 @@ CHUNK_BYTES = 1 << 25
 
 def main(argv: list[str] | None = None) -> None:
     """The command line of `lens-ldm prepare`."""
-    parser = argparse.ArgumentParser(
-        prog="lens-ldm prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="lens-ldm prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder, .zip or file of images")
     parser.add_argument("--out", type=Path, required=True, metavar="data/NAME", help="where to write the data set")
     parser.add_argument(

@@ -8,6 +8,7 @@ and fixed in what it fixes. Brightnesses and the level of the sky are linear and
 best of some thousand lenses of the preset, then Levenberg-Marquardt for all images at once, coarse to fine.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -26,6 +27,9 @@ from shared.metrics import Images, batches
 from shared.precision import one_thread
 from shared.simulate.lens import Parameters, sersic, surface_brightness
 from shared.simulate.preset import Preset, draw_parameters
+
+# Of torch about torch, at its first derivative in forward mode.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 LIBRARY = 8192  # lenses of the preset that an image is compared with to find where to start
 STARTS = 3

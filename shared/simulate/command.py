@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from shared.cli import at_least, positive
+from shared.cli import Parser, at_least, positive
 from shared.config import parse_overrides
 from shared.errors import UserError
 from shared.explain import hint
@@ -21,7 +21,7 @@ from shared.simulate.preset import Preset, Priors, presets
 
 def main(argv: list[str] | None = None) -> None:
     """Run `lens-ldm simulate`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lens-ldm simulate",
         description="Simulate a data set of strong lenses.",
         epilog=f"presets, each a file of configs/simulate that says what it holds and why:\n{_list()}",
