@@ -2,6 +2,8 @@
 
 import argparse
 import errno
+import math
+import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -88,6 +90,34 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 positive = at_least(1)
+
+
+def between(low: float, high: float, what: str, *, open_below: bool = False) -> Callable[[str], float]:
+    """argparse's type of a finite number from `low` (or above it) to `high`, described as `what`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high) or (open_below and value == low):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {what}")
+        return value
+
+    return number
+
+
+above_zero = between(0, math.inf, "above 0", open_below=True)
+zero_or_above = between(0, math.inf, "from 0 on")
+share = between(0, 1, "from 0 to 1")
+
+
+def part(text: str) -> tuple[int, int]:
+    """argparse's type of the K-th of N parts, K/N: (K, N)."""
+    numbers = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N, such as 3/8")
+    return int(numbers[1]), int(numbers[2])
 
 
 def _fail(message: str) -> None:

@@ -50,12 +50,20 @@ from shared.files import make_folder, write_atomically
 from shared.metrics import fid
 from shared.metrics.lens_fit import LensFitter
 from shared.metrics.obedience import obedience
-from shared.precision import check_device
 from shared.report import Report, grid, loss_curves
 from shared.simulate.preset import AXES
 from stage2_diffusion.conditions import CLASS
 from stage2_diffusion.generator import Generator
-from stage2_diffusion.sample import GUIDANCE, SETTINGS, add_settings, chosen_settings, draw, seed_range
+from stage2_diffusion.sample import (
+    GUIDANCE,
+    SETTINGS,
+    add_model,
+    add_settings,
+    chosen_settings,
+    draw,
+    load_model,
+    seed_range,
+)
 
 SHOWN = 24
 LOOSE = 5.0  # degrees: angles with larger errors of their fit are not compared
@@ -63,7 +71,7 @@ LOOSE = 5.0  # degrees: angles with larger errors of their fit are not compared
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("lens-ldm evaluate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", help="folder of a run or of a published model")
+    add_model(parser)
     add_options(parser)
     parser.add_argument("--samples", type=Path, help="samples.npz of this model, instead of drawing new ones")
     parser.add_argument("--seed", type=int, help="of the first sample (default: 0)")
@@ -78,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--{given[0]} says how to draw samples, and --samples brings them: give one of the two")
     # Whatever can be wrong is found before the first minute of work.
     networks = chosen_networks(a)
-    generator = Generator.from_pretrained(a.model, check_device(a.device), a.trust)
+    generator = load_model(a)
     reference = LensImages(a.reference)
     count = check_reference(generator.autoencoder, reference, a.reference, a.count, generator.config["data"]["name"])
     fitter, of_kind = lens_fitter(a.preset, reference) if a.fit else (None, np.array([]))

@@ -20,12 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared.checkpoint import amend
-from shared.cli import Parser, guard, positive
+from shared.cli import Parser, guard, positive, share
 from shared.errors import UserError
-from shared.precision import check_device
 from shared.registry import names
 from stage2_diffusion.generator import Generator
-from stage2_diffusion.sample import share
+from stage2_diffusion.sample import add_model, load_model
 
 FINE = 64  # evaluations of the solution that a grid is to come near to
 FITTED, HELD_OUT = 2**30, 2**31  # first seeds of the noises of the fit, and of those that errors are reported for
@@ -101,17 +100,13 @@ def tune(generator: Generator, sampler: str, steps: int, *, count: int = 32, las
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("lens-ldm tune-grid", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", help="folder of a run or of a published model")
+    add_model(parser)
     parser.add_argument("--steps", type=positive, nargs="+", default=[4, 6, 8], help="evaluations (default: 4 6 8)")
     parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
     parser.add_argument("--count", type=positive, default=32, help="noises to fit to (default: %(default)s)")
     parser.add_argument("--last", type=share, help="share of noise at the last evaluation (default: as the fit has it)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
-    parser.add_argument(
-        "--trust", metavar="PACKAGE", help="whose code on this machine a model may run for its backbone"
-    )
     a = parser.parse_args(argv)
-    generator = Generator.from_pretrained(a.model, check_device(a.device), a.trust)
+    generator = load_model(a)
     sampler = a.sampler or generator.defaults["sampler"]
     print(f"{sampler}: error of latents against {FINE} evaluations, on {a.count} noises that no grid was fitted to")
     for steps in a.steps:

@@ -19,7 +19,6 @@ only the shards that are missing; once joined they can be deleted.
 import argparse
 import contextlib
 import json
-import math
 import re
 import sys
 import time
@@ -33,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared.checkpoint import read_config, versions
-from shared.cli import Parser, guard, positive
+from shared.cli import Parser, above_zero, guard, part, positive, share, zero_or_above
 from shared.data.formats import CONDITION
 from shared.errors import UserError
 from shared.files import make_folder
@@ -42,7 +41,7 @@ from shared.processes import rank, world
 from shared.registry import names
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.generator import Generator
-from stage2_diffusion.shards import join, read_shard, save_samples, shard, shard_files
+from stage2_diffusion.shards import join, read_shard, save_samples, shard_files
 
 # A model has its own defaults of both.
 SETTINGS, GUIDANCE = ("sampler", "steps", "shift", "eta"), ("guidance", "guidance_interval")
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{a.conditions} has {rows} lenses, --count asks for {a.count}: add some, or ask for fewer")
     count = a.count or rows or 64
     seeds = seed_range(a.seed, count)
-    part, parts = a.shard or (rank() + 1, world())
+    number, parts = a.shard or (rank() + 1, world())
     if parts > count:
         raise UserError(f"{parts} shards of {count} lenses: some would be empty, ask for fewer shards")
     texts = asked_for(a, conditions)
@@ -76,9 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     asked |= {name: conditions.parse(name, text, seeds) for name, text in texts.items()}
     for line in conditions.warnings(asked):
         print(line, file=sys.stderr)
-    device = check_device(a.device)
-    generator = Generator.from_pretrained(a.model, device, a.trust)
-    guide = Generator.from_pretrained(a.guide, device, a.trust) if a.guide else None
+    generator = load_model(a)
+    guide = Generator.from_pretrained(a.guide, check_device(a.device), a.trust) if a.guide else None
     settings = chosen_settings(a, generator, guide, asked)
     make_folder(a.out)
     request = {
@@ -91,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         request |= {"guide": str(a.guide), "guide_sha256": guide.config["sha256"]}
     request = json.loads(json.dumps(request))  # as a file would give it back
     files = shard_files(a.out, parts)
-    mine, own = files[part - 1], slice(count * (part - 1) // parts, count * part // parts)
+    mine, own = files[number - 1], slice(count * (number - 1) // parts, count * number // parts)
     if parts > 1 and read_shard(mine, request) is not None:
         print(f"{mine} is complete")
     else:
@@ -116,7 +114,7 @@ def build_parser(conditions: Conditions | None) -> argparse.ArgumentParser:
     parser = Parser(
         "lens-ldm sample", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("model", help="folder of a run or of a published model")
+    add_model(parser)
     parser.add_argument("--count", type=positive, help="how many (default: a lens each row of --conditions, or 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the first (default %(default)s)")
     add_settings(parser)
@@ -130,7 +128,7 @@ def build_parser(conditions: Conditions | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--clean", action="store_true", help="without pixel noise")
     parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--shard", type=shard, metavar="K/N", help="draw the K-th of N parts, K from 1 (see above)")
+    parser.add_argument("--shard", type=part, metavar="K/N", help="draw the K-th of N parts, K from 1 (see above)")
     parser.add_argument("--compile", action="store_true", help="torch.compile: a minute once, then faster on a GPU")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder (default %(default)s)")
     if conditions is not None and conditions.entries:
@@ -182,19 +180,29 @@ def asked_for(options: argparse.Namespace, conditions: Conditions) -> dict[str, 
     return texts
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, where it runs, and whose code it may run."""
+    parser.add_argument("model", help="folder of a run or of a published model")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
+    parser.add_argument(
+        "--trust", metavar="PACKAGE", help="whose code on this machine a model may run for its backbone"
+    )
+
+
+def load_model(options: argparse.Namespace) -> Generator:
+    """The model of `add_model`."""
+    return Generator.from_pretrained(options.model, check_device(options.device), options.trust)
+
+
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The options of whatever draws samples: SETTINGS, the device, and whose code a model may run."""
+    """The options of whatever draws samples: SETTINGS and GUIDANCE."""
     parser.add_argument("--steps", type=positive, help="evaluations of the network a lens (default: the model's)")
     parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
     parser.add_argument("--shift", type=above_zero, help="of the grid of times; above 1: shorter steps at high noise")
     parser.add_argument("--eta", type=share, help="of ddim: 0 adds no noise on the way, 1 as much as ddpm")
-    parser.add_argument("--guidance", type=_weight, help="away from the model unasked, or from --guide; 1: none")
+    parser.add_argument("--guidance", type=zero_or_above, help="away from the model unasked, or from --guide; 1: none")
     parser.add_argument(
         "--guidance-interval", type=_interval, metavar="LOW,HIGH", help="of the share of noise, 0 to 1, where to guide"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
-    parser.add_argument(
-        "--trust", metavar="PACKAGE", help="whose code on this machine a model may run for its backbone"
     )
 
 
@@ -224,13 +232,6 @@ def draw(generator: Generator, seeds: range, progress: bool = True, **options: A
     return torch.cat(parts)
 
 
-def _weight(text: str) -> float:
-    number = _number(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or above")
-    return number
-
-
 def _interval(text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(","))
@@ -239,27 +240,6 @@ def _interval(text: str) -> tuple[float, float]:
     if not 0 <= low <= high <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH with 0 <= LOW <= HIGH <= 1")
     return low, high
-
-
-def above_zero(text: str) -> float:
-    number = _number(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
-
-
-def share(text: str) -> float:
-    number = _number(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return number
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Files of samples, whole or in shards that several processes draw: written so that none is ever found half."""
 
-import argparse
 import json
 import os
 import zipfile
@@ -15,14 +14,6 @@ from shared.errors import UserError
 from shared.report import save_grid
 
 SHOWN = 64
-
-
-def shard(text: str) -> tuple[int, int]:
-    """argparse's type of K/N: (K, N)."""
-    k, _, n = text.partition("/")
-    if not (k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N, such as 3/8")
-    return int(k), int(n)
 
 
 def shard_files(folder: Path, parts: int) -> list[Path]:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.cli import Parser, guard, positive
+from shared.cli import Parser, above_zero, guard, positive
 from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation import (
@@ -40,11 +40,10 @@ from shared.files import make_folder, write_atomically
 from shared.flops import count, flops
 from shared.metrics import fid
 from shared.metrics.lens_fit import LensFitter
-from shared.precision import check_device
 from shared.registry import names
 from shared.report import panels, rasterise, save_picture
 from stage2_diffusion.generator import Generator
-from stage2_diffusion.sample import above_zero, draw, seed_range
+from stage2_diffusion.sample import add_model, draw, load_model, seed_range
 
 Cell = dict[str, Any]  # sampler, steps, gflop, milliseconds; of `compare`: distances, physics; of fits: lenses
 STEPS = (1, 2, 4, 8, 16, 32)
@@ -52,7 +51,7 @@ STEPS = (1, 2, 4, 8, 16, 32)
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("lens-ldm sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", help="folder of a run or of a published model")
+    add_model(parser)
     add_options(parser)
     parser.add_argument(
         "--samplers", nargs="+", choices=names("sampler"), metavar="NAME", help=", ".join(names("sampler"))
@@ -64,13 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fit", type=positive, metavar="N", help="also fit lens models to N samples of each cell")
     parser.add_argument("--preset", default="deeplense", help="of the simulator, for --fit (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample (default %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
-    parser.add_argument(
-        "--trust", metavar="PACKAGE", help="whose code on this machine a model may run for its backbone"
-    )
     a = parser.parse_args(argv)
     networks = chosen_networks(a)
-    generator = Generator.from_pretrained(a.model, check_device(a.device), a.trust)
+    generator = load_model(a)
     reference = LensImages(a.reference)
     n = check_reference(generator.autoencoder, reference, a.reference, a.count, generator.config["data"]["name"])
     samplers = a.samplers or [generator.defaults["sampler"]]

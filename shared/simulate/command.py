@@ -8,11 +8,10 @@ Image i of a seed depends on (seed, i) alone, whatever the batch, the chunks, th
 
 import argparse
 import difflib
-import re
 from pathlib import Path
 from typing import Any
 
-from shared.cli import Parser, at_least, positive
+from shared.cli import Parser, at_least, part, positive
 from shared.config import parse_overrides
 from shared.errors import UserError
 from shared.explain import hint
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument(
-        "--shard", type=_part, metavar="K/N", help="only the K-th of N parts, 1/N to N/N, into OUT.shard-K-of-N"
+        "--shard", type=part, metavar="K/N", help="only the K-th of N parts, 1/N to N/N, into OUT.shard-K-of-N"
     )
     parts.add_argument("--merge", type=positive, metavar="N", help="put the N parts of --shard together, checked")
     options = parser.parse_args(argv)
@@ -108,10 +107,3 @@ def _overrides(priors: list[str], numbers: list[str]) -> dict[str, Any]:
         if "=" not in text:
             raise UserError(f"--set {text}: expected KEY=VALUE, e.g. --set noise=none")
     return parse_overrides([f"--{text}" for text in (*priors, *numbers)])
-
-
-def _part(text: str) -> tuple[int, int]:
-    numbers = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-    if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N, e.g. 2/8")
-    return int(numbers[1]), int(numbers[2])
