@@ -80,11 +80,7 @@ class DiT(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if width % (4 * heads):
-            raise UserError(
-                f"dit: width = {width} does not divide by 4 x heads = {4 * heads}, as rows and columns of pairs need; "
-                "change either"
-            )
+        require_pairs("dit", width, heads)
         channels, height, breadth = latent_shape
         self.cond_dim, self.patch = cond_dim, patch
         rows, columns = -(-height // patch), -(-breadth // patch)
@@ -110,6 +106,14 @@ class DiT(nn.Module):
             tokens = block(tokens, embedded, self.cos, self.sin)
         shift, scale = self.modulation(embedded)[:, None].chunk(2, -1)
         return to_grid(self.out(torch.addcmul(shift, self.norm(tokens), 1 + scale)), x, self.patch)
+
+
+def require_pairs(backbone: str, width: int, heads: int) -> None:
+    if width % (4 * heads):
+        raise UserError(
+            f"{backbone}: width = {width} does not divide by 4 x heads = {4 * heads}, as rows and columns of pairs need; "
+            "change either"
+        )
 
 
 def to_tokens(x: Tensor, patch: int) -> Tensor:

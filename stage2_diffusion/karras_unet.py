@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.errors import UserError
-from stage2_diffusion.unet import Waves, zeroed
+from stage2_diffusion.unet import Waves, attend, require_heads, require_levels, zeroed
 
 RESIDUAL = 0.3  # share of a block in the sum with what it was given
 
@@ -76,18 +75,14 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
-        if channels % heads:
-            raise UserError(
-                f"karras_unet: a level of {channels} channels does not divide by heads = {heads}; change either"
-            )
+        require_heads("karras_unet", channels, heads)
         self.heads = heads
         self.qkv, self.out = Linear(channels, 3 * channels), Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         tokens = x.flatten(2).transpose(1, 2)  # (N, hw, c): a view, if x is in channels_last
-        q, k, v = unit(self.qkv(tokens).reshape(n, h * w, 3, self.heads, -1), -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+        attended = attend(unit(self.qkv(tokens).reshape(n, h * w, 3, self.heads, -1), -1))
         return mix(x, self.out(attended).transpose(1, 2).reshape(n, c, h, w), RESIDUAL)
 
 
@@ -155,10 +150,7 @@ class KarrasUNet(nn.Module):
         positional: bool = True,
     ):
         super().__init__()
-        if wrong := [level for level in attention if not 0 <= level < len(multipliers)]:
-            raise UserError(
-                f"karras_unet: attention at level {wrong[0]}, but multipliers has levels 0 to {len(multipliers) - 1}"
-            )
+        require_levels("karras_unet", attention, len(multipliers))
         channels, height, breadth = latent_shape
         self.cond_dim = cond_dim
         embed_dim = 4 * width

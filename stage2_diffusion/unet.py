@@ -68,8 +68,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
-        if channels % heads:
-            raise UserError(f"unet: a level of {channels} channels does not divide by heads = {heads}; change either")
+        require_heads("unet", channels, heads)
         self.heads = heads
         self.norm, self.qkv = _norm(channels), nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
@@ -77,8 +76,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, hw, c): a view, if x is in channels_last
-        q, k, v = self.qkv(tokens).reshape(n, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+        attended = attend(self.qkv(tokens).reshape(n, h * w, 3, self.heads, -1))
         return x + self.out(attended).transpose(1, 2).reshape(n, c, h, w)
 
 
@@ -124,10 +122,7 @@ class UNet(nn.Module):
         positional: bool = True,
     ):
         super().__init__()
-        if wrong := [level for level in attention if not 0 <= level < len(multipliers)]:
-            raise UserError(
-                f"unet: attention at level {wrong[0]}, but multipliers has levels 0 to {len(multipliers) - 1}"
-            )
+        require_levels("unet", attention, len(multipliers))
         channels, height, breadth = latent_shape
         self.cond_dim = cond_dim
         embed_dim = 4 * width
@@ -165,6 +160,22 @@ class UNet(nn.Module):
             # the 1x1 convolution of [upsampled, skip], taken apart: half of it runs on the small grid
             h = level(F.interpolate(up(h), size=kept.shape[-2:], mode="nearest") + skip(kept), embedded)
         return self.out(F.silu(self.norm(h)))
+
+
+def attend(qkv: Tensor) -> Tensor:
+    """Queries, keys and values (N, T, 3, heads, d) -> what each token attends to, (N, T, heads d)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def require_heads(backbone: str, channels: int, heads: int) -> None:
+    if channels % heads:
+        raise UserError(f"{backbone}: a level of {channels} channels does not divide by heads = {heads}; change either")
+
+
+def require_levels(backbone: str, attention: Sequence[int], levels: int) -> None:
+    if wrong := [level for level in attention if not 0 <= level < levels]:
+        raise UserError(f"{backbone}: attention at level {wrong[0]}, but multipliers has levels 0 to {levels - 1}")
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.errors import UserError
-from stage2_diffusion.dit import Attention, SwiGLU, rotary_angles, to_grid, to_tokens
+from stage2_diffusion.dit import Attention, SwiGLU, require_pairs, rotary_angles, to_grid, to_tokens
 from stage2_diffusion.unet import Embedding, zeroed
 
 
@@ -55,11 +55,7 @@ class UViT(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if width % (4 * heads):
-            raise UserError(
-                f"uvit: width = {width} does not divide by 4 x heads = {4 * heads}, as rows and columns of pairs need; "
-                "change either"
-            )
+        require_pairs("uvit", width, heads)
         if depth % 2 == 0:
             raise UserError(f"uvit: depth = {depth} is even; an odd one has a block between the ways in and out")
         channels, height, breadth = latent_shape
