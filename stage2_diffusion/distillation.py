@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shared.checkpoint import fingerprint, publish
+from shared.checkpoint import fingerprint
 from shared.config import to_dict
 from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.precision import autocast, choose_device, resolve_precision
 from shared.processes import is_main_process
-from shared.report import save_grid
 from shared.run import Run
 from shared.schema import Distill
 from shared.training import StageModule, fit
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.generator import Generator
+from stage2_diffusion.module import save_previews
+from stage2_diffusion.pipeline import publish_generator
 from stage2_diffusion.samplers import Denoise, Noise, Schedule, SeededNoise, ab2, consistency
 
-PREVIEWS = 16
 HELD_OUT = 64  # noises whose paths are watched
 EXACT = 32  # evaluations of the teacher a watched path
 
@@ -149,7 +149,8 @@ class Distillation(StageModule):
     def validate(self, folder: Path | None) -> dict[str, float]:
         shadow: Denoiser = self.shadow  # type: ignore[assignment]
         teacher, was_training = self.frozen[0], shadow.training
-        generator = Generator(teacher.autoencoder, shadow, teacher.precision, None, teacher.conditions)
+        sampling = self.config.sampling.model_dump()
+        generator = Generator(teacher.autoencoder, shadow, teacher.precision, sampling, teacher.conditions)
         noise, cond = self.held_out[0].to(self.device), self.held_out[1]
         cond = None if cond is None else cond.to(self.device)
         with autocast(self.device, teacher.precision):
@@ -158,12 +159,7 @@ class Distillation(StageModule):
             guess = consistency(generator.denoise(cond), shadow.schedule, lambda shape: noise, noise.shape[1:], 1)
         metrics = {"end_error": float((guess - self.ends).square().mean())}
         if folder is not None:
-            images = generator.images(range(PREVIEWS), **self.config.sampling.model_dump())
-            s, step = self.config.sampling, self.trainer.global_step
-            pictures = teacher.autoencoder.transform.unit(images)
-            save_grid(
-                folder / f"{step:07d}.png", pictures, columns=8, title=f"step {step}: {s.steps} steps of {s.sampler}"
-            )
+            save_previews(folder, self.trainer.global_step, generator)
         shadow.train(was_training)
         return metrics
 
@@ -171,8 +167,6 @@ class Distillation(StageModule):
 def finish(module: Distillation, run: Run, made_from: dict[str, str]) -> None:
     """Publish the student as its teacher was, with the autoencoder in it."""
     config, teacher = to_dict(module.config), module.frozen[0]
-    state = {f"autoencoder.{k}": v for k, v in teacher.autoencoder.state_dict().items()}
-    state |= {f"denoiser.{k}": v for k, v in module.shadow.state_dict().items()}
     published = {
         **teacher.config,
         "sampling": config["sampling"],
@@ -181,8 +175,8 @@ def finish(module: Distillation, run: Run, made_from: dict[str, str]) -> None:
         "fingerprint": made_from,
         "training": {**config, "autoencoder": teacher.config["training"]["autoencoder"]},
     }
-    publish(run.model, "diffusion", published, state, card(published))
-    tqdm.write(f"{run.model}: `lens-ldm sample {run.folder} --count 64 --out samples` draws lenses from it")
+    student: Denoiser = module.shadow  # type: ignore[assignment]
+    publish_generator(run, teacher.autoencoder, student, published, card(published))
 
 
 def card(published: dict) -> str:

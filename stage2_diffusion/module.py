@@ -23,6 +23,15 @@ LEVELS = 8  # noise levels at which the held-out loss is watched: overtraining s
 WATCHED = 256  # training images whose loss is watched beside it
 
 
+def save_previews(
+    folder: Path, step: int, generator: Generator, n: int = PREVIEWS, asked: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """A picture of n lenses, always of the same seeds, by the generator's own settings."""
+    pictures = generator.autoencoder.transform.unit(generator.images(range(n), cond=asked))
+    title = f"step {step}: {generator.defaults['steps']} steps of {generator.defaults['sampler']}"
+    save_grid(folder / f"{step:07d}.png", pictures, columns=8, title=title)
+
+
 class DiffusionModule(StageModule):
     network: Denoiser
 
@@ -107,12 +116,7 @@ class DiffusionModule(StageModule):
         if folder is not None:
             n = min(PREVIEWS, len(self.held_out[0])) if self.known else PREVIEWS
             asked = {name: values[:n] for name, values in self.known.items()}  # of the first held-out images
-            images = self.generator(shadow).images(range(n), cond=asked)
-            title = (
-                f"step {self.trainer.global_step}: {self.config.sampling.steps} steps of {self.config.sampling.sampler}"
-            )
-            pictures = self.frozen[0].transform.unit(images)
-            save_grid(folder / f"{self.trainer.global_step:07d}.png", pictures, columns=8, title=title)
+            save_previews(folder, self.trainer.global_step, self.generator(shadow), n, asked)
         shadow.train(was_training)
         return metrics
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,8 +153,6 @@ def finish(
     generator = Generator(autoencoder, denoiser, precision, sampling.model_dump(), module.conditions)
     generator.to("cpu" if module.config.trainer.accelerator == "cpu" else "auto")
     fitted = {str(steps): tune(generator, sampling.sampler, steps).times for steps in sampling.tune}
-    state = {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
-    state |= {f"denoiser.{k}": v for k, v in denoiser.state_dict().items()}
     published = {
         "autoencoder": autoencoder_config,
         "backbone": config["backbone"],
@@ -166,7 +165,16 @@ def finish(
         "fingerprint": made_from,
         "training": config,
     }
-    publish(run.model, "diffusion", published, state, card(published))
+    publish_generator(run, autoencoder, denoiser, published, card(published))
+
+
+def publish_generator(
+    run: Run, autoencoder: Autoencoder, denoiser: Denoiser, config: dict[str, Any], card: str
+) -> None:
+    """Write what `Generator.from_pretrained` reads, and say how to sample from it."""
+    state = {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
+    state |= {f"denoiser.{k}": v for k, v in denoiser.state_dict().items()}
+    publish(run.model, "diffusion", config, state, card)
     tqdm.write(f"{run.model}: `lens-ldm sample {run.folder} --count 64 --out samples` draws lenses from it")
 
 
