@@ -53,9 +53,14 @@ def _guided(
     if weight == 1:
         return denoise
 
-    def guided(x_t: Tensor, t: Tensor) -> Tensor:
+    def within(t: Tensor) -> bool:
+        if interval[0] <= 0 and interval[1] >= 1:
+            return True  # and no step waits for the device to say its time
         alpha, sigma = schedule(t[:1].double().cpu())
-        if not interval[0] <= float(sigma / (alpha + sigma)) <= interval[1]:
+        return interval[0] <= float(sigma / (alpha + sigma)) <= interval[1]
+
+    def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        if not within(t):
             return denoise(x_t, t)
         good, weak = pair(x_t, t)
         return weak + weight * (good - weak)
