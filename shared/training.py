@@ -205,12 +205,8 @@ class StageModule(lightning.LightningModule):
             return torch.zeros(n, dtype=torch.long)
         # A generator of its own, so that the noise of the step is the same whatever turns its images.
         key = step_key(self.config.seed, self.trainer.global_step, 0, ELEMENT_STREAM)
-        chances, generator, world = (
-            torch.tensor(self.chances),
-            torch.Generator().manual_seed(key),
-            self.trainer.world_size,
-        )
-        whole = torch.multinomial(chances, n * world, replacement=True, generator=generator)
+        generator, world = torch.Generator().manual_seed(key), self.trainer.world_size
+        whole = torch.multinomial(torch.tensor(self.chances), n * world, replacement=True, generator=generator)
         return whole.chunk(world)[self.trainer.global_rank]
 
     def optimizer_zero_grad(self, *args: Any) -> None:
@@ -375,12 +371,9 @@ class Checkpoint(Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         stopped = self.stopped_by
         if trainer.world_size > 1:  # a signal reaches them at different steps, and they must stop at the same
-            agree = trainer.global_step % AGREE == 0
-            stopped = (
-                int(trainer.strategy.reduce(torch.tensor(stopped, device=module.device), reduce_op="max"))
-                if agree
-                else 0
-            )
+            heard, stopped = torch.tensor(stopped, device=module.device), 0
+            if trainer.global_step % AGREE == 0:
+                stopped = int(trainer.strategy.reduce(heard, reduce_op="max"))
         if stopped or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             # A checkpoint that cannot go on must not replace one that can. All processes have the same parameters.
             if all(bool(parameter.isfinite().all()) for parameter in module.parameters() if parameter.requires_grad):

@@ -77,9 +77,7 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
     curve: dict[str, list[float]] = {}
     if config.noise.law != "none":
         law = autoencoder.noise
-        if (
-            said is not None
-        ):  # what the decoder says is relative to the law it was trained beside, here in the data's units
+        if said is not None:  # relative to the law that the decoder was trained beside, here in the data's units
             law.load_state_dict(estimate_law(images.batch(train[:VALIDATION])).state_dict())
         curve = law.fit(real, clean, config.noise.law, said)
         lit = drawn - transform.stretch(law.background) > LIT * transform.span
