@@ -21,7 +21,7 @@ from shared.cli import Parser
 from shared.config import load_config, to_dict
 from shared.errors import UserError
 from shared.explain import describe, hint
-from shared.files import make_folder, write_atomically
+from shared.files import make_folder, markdown, write_atomically
 from shared.quickstart import clock, script
 from shared.schema import Ablation, Stage1, Stage2
 
@@ -122,9 +122,7 @@ class Results:
                 _number(sum(record.get("seconds", {}).values()) or None, ".0f"), _number(s.get("n"), "d"),
             ]  # fmt: skip
             rows.append([name + note, *values])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["| " + " | ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
-        return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+        return markdown(rows)
 
 
 def _number(value: float | None, form: str) -> str:

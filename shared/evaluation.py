@@ -3,7 +3,7 @@ batch by batch and so need not fit in memory, the tables and the curves of a rep
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,13 @@ class Measured:
         self.k, power = physics.radial_power_spectrum(images)
         self._collect("power", power)
         self.counts += np.histogram(images.double().numpy(), self.edges)[0]
+
+    def add_all(self, images: Tensor, progress: Callable[[int], object] | None = None) -> None:
+        """`add` of images (N, C, H, W), BATCH at a time; `progress` is told how many are done."""
+        for batch in images.split(BATCH):
+            self.add(batch)
+            if progress is not None:
+                progress(len(batch))
 
     def _collect(self, name: str, values: np.ndarray) -> None:
         self._parts.setdefault(name, []).append(values)

@@ -105,17 +105,15 @@ def main(argv: list[str] | None = None) -> None:
     metrics, sets, measured = evaluate(generator, reference, samples, networks)
     if fitter is not None:
         truth = {name: np.array(v["values"], float)[other] for name, v in reference.index.get("parameters", {}).items()}
-        kind = next(iter(fitter.preset.classes), None)
         chosen = np.flatnonzero(of_kind[other])[: a.fit]
-        of_asked = asked[CLASS] == kind if CLASS in asked and kind in asked[CLASS] else np.ones(count, bool)
-        if not len(chosen) or not of_asked.any():
+        if not len(chosen):
             raise UserError(f"--fit: none of the images is of the first class of preset {a.preset}")
         metrics["lens_fits"] = {
             name: fit(fitter, sets[name][places], {key: values[places] for key, values in told.items()})
             for name, places, told in (
                 ("real", chosen, truth),
                 ("reconstructions", chosen, truth),
-                ("samples", np.flatnonzero(of_asked)[: a.fit], asked),
+                ("samples", fittable(fitter, asked, count)[: a.fit], asked),
             )
         }
     metrics |= {"model": a.model, "reference": str(a.reference), "sampling": sampling, "versions": versions()}
@@ -142,6 +140,12 @@ def read_samples(path: Path, count: int, generator: Generator) -> tuple[Tensor, 
         raise UserError(f"{path} holds {len(images)} samples, {count} are to be scored: draw more, or lower --count")
     sampling = {k: metadata.get(k) for k in (*SETTINGS, *GUIDANCE, "guide", "times", "lenses_per_second")}
     return torch.from_numpy(images[:count]), sampling, asked
+
+
+def fittable(fitter: LensFitter, asked: Mapping[str, np.ndarray], n: int) -> np.ndarray:
+    """The places, of n samples, that a fitter is for: where classes were asked for, those of the first of its preset."""
+    kind = next(iter(fitter.preset.classes), None)
+    return np.flatnonzero(asked[CLASS] == kind) if CLASS in asked and kind in asked[CLASS] else np.arange(n)
 
 
 def fit(fitter: LensFitter, images: Tensor, truth: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -196,9 +200,7 @@ def evaluate(
     measured = {name: Measured(networks, transform) for name in sets}
     with tqdm(total=4 * n, desc="features", unit="image", disable=None, leave=False) as bar:
         for name, images in sets.items():
-            for batch in images.split(BATCH):
-                measured[name].add(batch)
-                bar.update(len(batch))
+            measured[name].add_all(images, bar.update)
     candidates = {name: measured[name] for name in ("reconstructions", "samples")}
     scores = compare(measured["reference"], measured["real"], candidates)
     return {"n": n, **transform.to_config(), **scores}, sets, measured

@@ -59,20 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     if a.list_conditions:
         print("\n".join(f"{entry.name:14} {entry}" for entry in conditions.entries) or f"{a.model} has no conditions")
         return
-    table = conditions.read_table(a.conditions) if a.conditions else {}
-    rows = len(next(iter(table.values()), []))
-    if table and (a.count or rows) > rows:
-        raise UserError(f"{a.conditions} has {rows} lenses, --count asks for {a.count}: add some, or ask for fewer")
-    count = a.count or rows or 64
-    seeds = seed_range(a.seed, count)
+    seeds, asked, texts = requested(a, conditions)
+    count = len(seeds)
     number, parts = a.shard or (rank() + 1, world())
     if parts > count:
         raise UserError(f"{parts} shards of {count} lenses: some would be empty, ask for fewer shards")
-    texts = asked_for(a, conditions)
-    if twice := sorted(texts.keys() & table.keys()):
-        raise UserError(f"{twice[0]} is asked for by an option and in {a.conditions}: leave out one of the two")
-    asked = {name: values[:count] for name, values in table.items()}
-    asked |= {name: conditions.parse(name, text, seeds) for name, text in texts.items()}
     for line in conditions.warnings(asked):
         print(line, file=sys.stderr)
     generator = load_model(a)
@@ -84,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         "first_seed": a.seed, "count": count, **generator.autoencoder.transform.to_config(),
     }  # fmt: skip
     if asked:
-        request["conditions"] = {**dict.fromkeys(table, str(a.conditions)), **texts}
+        request["conditions"] = texts
     if guide is not None:
         request |= {"guide": str(a.guide), "guide_sha256": guide.config["sha256"]}
     request = json.loads(json.dumps(request))  # as a file would give it back
@@ -163,6 +154,25 @@ def _joined(argv: list[str]) -> list[str]:
         else:
             joined.append(token)
     return joined
+
+
+def requested(
+    options: argparse.Namespace, conditions: Conditions
+) -> tuple[range, dict[str, np.ndarray], dict[str, str]]:
+    """The seeds (n), what is asked for, {name: (n,)}, and how that was written: a value, a range, or a file's name."""
+    table = conditions.read_table(options.conditions) if options.conditions else {}
+    rows = len(next(iter(table.values()), []))
+    if table and (options.count or rows) > rows:
+        raise UserError(
+            f"{options.conditions} has {rows} lenses, --count asks for {options.count}: add some, or ask for fewer"
+        )
+    seeds = seed_range(options.seed, options.count or rows or 64)
+    texts = asked_for(options, conditions)
+    if twice := sorted(texts.keys() & table.keys()):
+        raise UserError(f"{twice[0]} is asked for by an option and in {options.conditions}: leave out one of the two")
+    asked = {name: values[: len(seeds)] for name, values in table.items()}
+    asked |= {name: conditions.parse(name, text, seeds) for name, text in texts.items()}
+    return seeds, asked, {**dict.fromkeys(table, str(options.conditions)), **texts}
 
 
 def asked_for(options: argparse.Namespace, conditions: Conditions) -> dict[str, str]:

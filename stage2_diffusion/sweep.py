@@ -25,7 +25,6 @@ from shared.cli import Parser, above_zero, guard, positive
 from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation import (
-    BATCH,
     Measured,
     add_options,
     check_reference,
@@ -35,13 +34,14 @@ from shared.evaluation import (
     halves,
     lens_fitter,
     lens_share,
-)  # fmt: skip
-from shared.files import make_folder, write_atomically
+)
+from shared.files import make_folder, markdown, write_atomically
 from shared.flops import count, flops
 from shared.metrics import fid
 from shared.metrics.lens_fit import LensFitter
 from shared.registry import names
 from shared.report import panels, rasterise, save_picture
+from stage2_diffusion.evaluate import fittable
 from stage2_diffusion.generator import Generator
 from stage2_diffusion.sample import add_model, draw, load_model, seed_range
 
@@ -130,8 +130,7 @@ class Scorer:
 
     def measured(self, images: Tensor) -> Measured:
         measured = Measured(self.networks, self.transform)
-        for batch in images.split(BATCH):
-            measured.add(batch)
+        measured.add_all(images)
         return measured
 
     def __call__(self, sampler: str, steps: int, shift: float | None) -> Cell:
@@ -146,7 +145,8 @@ class Scorer:
             "physics": {quantity: score["ratio"] for quantity, score in scores["physics"]["samples"].items()},
         }  # fmt: skip
         if self.fitter is not None:
-            cell["lenses"] = lens_share(self.fitter.fit(samples[: self.fits], progress=True))
+            chosen = fittable(self.fitter, self.asked, len(samples))[: self.fits]
+            cell["lenses"] = lens_share(self.fitter.fit(samples[chosen], progress=True))
         return cell
 
 
@@ -164,8 +164,7 @@ def table(cells: Sequence[Cell]) -> str:
             low, high = cell["lenses"]["interval"]
             row += [f"{cell['lenses']['share']:.0%} ({low:.0%} to {high:.0%})", f"{cell['lenses']['chi2_lit']:.2f}"]
         rows.append(row)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+    return markdown(rows)
 
 
 def figure(cells: Sequence[Cell]) -> Image.Image:
@@ -174,10 +173,8 @@ def figure(cells: Sequence[Cell]) -> Image.Image:
     drawing, axes = panels(len(metrics) + 1 + fitted, width=4.4)
     for j, sampler in enumerate(dict.fromkeys(cell["sampler"] for cell in cells)):
         own = sorted((cell for cell in cells if cell["sampler"] == sampler), key=lambda cell: cell["steps"])
-        steps, style = (
-            [cell["steps"] for cell in own],
-            {"color": f"C{j}", "marker": "os^Dv<>P"[j % 8], "ms": 4, "lw": 1.2},
-        )
+        steps = [cell["steps"] for cell in own]
+        style = {"color": f"C{j}", "marker": "os^Dv<>P"[j % 8], "ms": 4, "lw": 1.2}
         for axis, metric in zip(axes, metrics, strict=False):
             axis.plot(steps, [cell["distances"][metric]["excess"] for cell in own], label=sampler, **style)
         axes[len(metrics)].plot(steps, [typical(cell["physics"].values()) for cell in own], label=sampler, **style)
