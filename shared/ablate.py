@@ -141,7 +141,7 @@ def _excess(scores: dict[str, Any], name: str) -> str:
 def run(ablation: Ablation, cells: Sequence[str], results: Results) -> list[str]:
     """Run these cells -> the names of those that failed."""
     from shared.data.cache import LensImages
-    from shared.evaluation import check_count
+    from shared.evaluation.reference import check_count
 
     images = LensImages(ablation.data.path)
     check_count(images, ablation.data.path, ablation.evaluate.count)
@@ -241,7 +241,7 @@ def run_cell(ablation: Ablation, cell: str, record: Record, results: Results) ->
     e, device = ablation.evaluate, "cpu" if stage1.trainer.accelerator == "cpu" else "auto"
     common = ["--reference", ablation.data.path, "--device", device, *(["--count", str(e.count)] if e.count else [])]
     scored = [*common, *(["--fit", str(e.fit)] if e.fit else [])]
-    sampled = [*common, *(["--steps", str(e.steps)] if e.steps else [])]
+    sampled = [*common, "--fit", "0", "--skip", "two-sample", *(["--steps", str(e.steps)] if e.steps else [])]
     parts: dict[str, Callable[[], Any]] = {
         "train stage 1": lambda: script("stage1_vqvae.pipeline")(stage1),
         "score stage 1": lambda: script("stage1_vqvae.evaluate", "main")([models[0], *scored]),

@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(config.output) / config.name
     model = f"{stage2.output}/{stage2.name}"
     samples = ["--count", str(config.samples.count), "--steps", str(config.samples.steps), "--out", str(out)]
-    scores = ["--reference", config.data.path, "--count", str(config.evaluate.count), "--out", str(out)]
+    scores = ["--reference", config.data.path, "--out", str(out)]
+    scores += ["--count", str(config.evaluate.count), "--fit", str(config.evaluate.fit)]
     parts: dict[str, Callable[[], Any]] = {
         f"simulate {config.data.count} lenses of `{config.data.preset}` into {config.data.path}": lambda: simulate(
             config
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def simulate(config: Quickstart) -> None:
     from shared.data.cache import LensImages
-    from shared.evaluation import check_count
+    from shared.evaluation.reference import check_count
     from shared.simulate.preset import Preset
     from shared.simulate.run import simulate_to
 

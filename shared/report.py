@@ -5,12 +5,14 @@ import csv
 import html
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import numpy as np
 import torch
+from matplotlib.rcsetup import cycler
 from PIL import Image, ImageDraw, PngImagePlugin
 from torch import Tensor
 
@@ -69,13 +71,24 @@ def save_picture(path: Path, picture: Image.Image, **options: Any) -> None:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 STYLE = """
-body {font: 16px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2rem auto; padding: 0 1rem; color: #1b1b22}
+:root {color-scheme: light dark; --ink: #1b1b22; --soft: #5a5a66; --page: #fff; --card: #f3f3f6; --line: #c9c9d2;
+  --good: #00603f; --bad: #9a3a00}
+@media (prefers-color-scheme: dark) {:root {--ink: #e8e8ee; --soft: #a5a5b2; --page: #16161b; --card: #24242c;
+  --line: #45454f; --good: #5fd3ac; --bad: #ffa15c}}
+body {font: 16px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
+  background: var(--page)}
 h1 {font-size: 1.7rem; margin-bottom: 0} h2 {font-size: 1.2rem; margin: 2.2rem 0 .4rem}
-img {max-width: 100%; display: block; margin: .6rem 0} p {max-width: 52rem} small, .note {color: #5a5a66}
+img {max-width: 100%; display: block; margin: .6rem 0; background: #fff; border-radius: 3px}
+p {max-width: 52rem} small, .note {color: var(--soft)} .wide {overflow-x: auto}
 table {border-collapse: collapse; margin: .6rem 0} th, td {padding: .25rem .9rem .25rem 0; text-align: left}
-th {border-bottom: 1px solid #999; font-weight: 600} td.n {text-align: right; font-variant-numeric: tabular-nums}
-pre {background: #f3f3f6; padding: .7rem; overflow-x: auto; font-size: .85rem}
+th {border-bottom: 1px solid var(--line); font-weight: 600} td.n {text-align: right}
+td {font-variant-numeric: tabular-nums}
+pre {background: var(--card); padding: .7rem; overflow-x: auto; font-size: .85rem}
+.verdict {background: var(--card); border-left: 4px solid var(--line); padding: .6rem 1rem; margin: 1rem 0; list-style: none}
+.verdict li {margin: .25rem 0} .verdict b {display: inline-block; min-width: 5.2rem}
+.good b {color: var(--good)} .bad b {color: var(--bad)}
 """
+MARKS = {True: "✓ as real", False: "✗ not so"}  # words beside the colours: not everybody tells those apart
 
 
 class Report:
@@ -89,7 +102,16 @@ class Report:
         self.blocks.append(f"<h2>{html.escape(heading)}</h2>" + (f"<p>{html.escape(text)}</p>" if text else ""))
         return self
 
-    def table(self, columns: list[str], rows: list[list[Any]]) -> "Report":
+    def verdict(self, lines: Sequence[tuple[bool, str]]) -> "Report":
+        """What it comes to: whether each line is good news, and the line."""
+        items = (
+            f'<li class="{"good" if good else "bad"}"><b>{MARKS[good]}</b> {html.escape(text)}</li>'
+            for good, text in lines
+        )
+        self.blocks.append(f'<ul class="verdict">{"".join(items)}</ul>')
+        return self
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> "Report":
         def cell(value: Any) -> str:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             text = f"{value:.3f}" if isinstance(value, float) else str(value)
@@ -97,14 +119,21 @@ class Report:
 
         head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
         body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-        self.blocks.append(f"<table><tr>{head}</tr>{body}</table>")
+        self.blocks.append(f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>')
         return self
 
     def picture(self, image: Image.Image, alt: str) -> "Report":
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
-        self.blocks.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
+        return self._image(buffer.getvalue(), "png", alt)
+
+    def film(self, frames: Sequence[Image.Image], alt: str) -> "Report":
+        """Pictures one after the other, over and over, the last one longest."""
+        return self._image(gif(frames), "gif", alt)
+
+    def _image(self, content: bytes, kind: str, alt: str) -> "Report":
+        data = base64.b64encode(content).decode()
+        self.blocks.append(f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">')
         return self
 
     def listing(self, text: str) -> "Report":
@@ -112,21 +141,36 @@ class Report:
         return self
 
     def write(self, path: Path) -> None:
-        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{STYLE}</style>'
+        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        head += f"<title>{html.escape(self.title)}</title><style>{STYLE}</style>"
         write_atomically(
             path, f"<!doctype html><html><head>{head}</head><body>{''.join(self.blocks)}</body></html>".encode()
         )
 
 
+def gif(frames: Sequence[Image.Image], seconds: float = 0.4) -> bytes:
+    """Pictures as an animation that starts over, the last one shown five times as long."""
+    buffer, shown = io.BytesIO(), [1000 * seconds] * (len(frames) - 1) + [5000 * seconds]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0)
+    return buffer.getvalue()
+
+
+# Okabe and Ito's colours, which people of all kinds of sight tell apart.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+DRAWN: Any = {"axes.prop_cycle": cycler(color=COLOURS)}
+
+
 def panels(count: int, width: float = 5.2, height: float = 3.2) -> tuple[Any, list[Any]]:
     """A matplotlib figure with `count` axes side by side, without pyplot's global state."""
-    figure = matplotlib.figure.Figure(figsize=(width * count, height), dpi=90, layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, count)))
+    with matplotlib.rc_context(DRAWN):
+        figure = matplotlib.figure.Figure(figsize=(width * count, height), dpi=90, layout="constrained")
+        return figure, list(np.atleast_1d(figure.subplots(1, count)))
 
 
 def rasterise(figure: Any) -> Image.Image:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with matplotlib.rc_context(DRAWN):
+        figure.savefig(buffer, format="png")
     return Image.open(buffer)
 
 

@@ -594,6 +594,7 @@ class Samples(Block):
 
 class Evaluation(Block):
     count: int = key(500, "lenses to judge", ge=1)
+    fit: int = key(60, "of them, and of real ones, to fit lens models to", ge=0)
 
 
 class Seconds(Block):
@@ -603,7 +604,7 @@ class Seconds(Block):
     stage1: float = key(200, "training", gt=0)
     stage2: float = key(240, "training", gt=0)
     samples: float = key(10, "sampling", gt=0)
-    evaluate: float = key(25, "scores and report", gt=0)
+    evaluate: float = key(100, "scores and report", gt=0)
 
 
 class Quickstart(Block):

@@ -30,20 +30,11 @@ from shared.cli import Parser, guard, positive
 from shared.data.cache import LensImages
 from shared.data.normalise import hint, sky
 from shared.errors import UserError
-from shared.evaluation import (
-    BATCH,
-    NOISE_SEEDS,
-    Measured,
-    add_options,
-    check_reference,
-    chosen_networks,
-    compare,
-    finite,
-    halves,
-    lens_fitter,
-    lens_share,
-    score_rows,
-)
+from shared.evaluation.lenses import lens_fitter, lens_share
+from shared.evaluation.measure import BATCH, Measured
+from shared.evaluation.reference import NOISE_SEEDS, add_options, check_reference, chosen_networks, halves
+from shared.evaluation.scores import compare
+from shared.evaluation.tables import finite, score_rows
 from shared.files import make_folder, write_atomically
 from shared.flops import flops
 from shared.metrics import fid

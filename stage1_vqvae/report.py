@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from shared.data.normalise import PixelTransform
-from shared.evaluation import physics_rows, score_rows, spectra
+from shared.evaluation.tables import physics_rows, score_rows, spectra
 from shared.report import Report, colour, grid, loss_curves, panels, rasterise, sheet
 
 SHOWN = 8  # images a row

@@ -1,18 +1,19 @@
-"""Score a published model against real images it has never seen.
+"""Score samples, or a model that draws them, against real images that it has never seen.
 
-lens-ldm evaluate checkpoints/unet --reference data/lenses --count 500
-python stage2_diffusion/evaluate.py checkpoints/unet --reference data/lenses --count 500
+lens-ldm evaluate checkpoints/unet --reference data/lenses
+lens-ldm evaluate samples.npz --reference data/lenses            (or a folder of .npy or .png, whoever made them)
+python stage2_diffusion/evaluate.py checkpoints/unet --reference data/lenses --count 500 --fit 60
 
 The test split gives two disjoint halves of COUNT images: the reference, and the other half, whose distance to the
-reference is the floor that no generator can be expected to beat, and whose reconstructions show what stage 1 costs. A
-conditional model is asked for the lenses of the other half; --fit measures whether it gives them: the parameters of what it
-draws, by a lens fit, beside those of the real images and of their reconstructions, fitted likewise.
-Writes metrics.json and report.html.
+reference is the floor that no generator can be expected to beat. Of a model, the reconstructions of that other half show
+what stage 1 costs, and a conditional one is asked for its lenses. Writes metrics.json and report.html. What is measured of
+each image is kept in OUT/measured, and of real ones beside their data: a run that is stopped goes on there.
 """
 
 import argparse
 import json
 import sys
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,37 +23,30 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
-from tqdm import tqdm
 
-from shared.checkpoint import versions
-from shared.cli import Parser, guard, positive
+from shared.checkpoint import find_model, versions
+from shared.cli import Parser, guard
 from shared.data.cache import LensImages
 from shared.data.formats import CONDITION
-from shared.data.normalise import PixelTransform, hint
+from shared.data.normalise import hint
 from shared.errors import UserError
-from shared.evaluation import (
-    BATCH,
+from shared.evaluation import judge
+from shared.evaluation.files import of_files
+from shared.evaluation.measure import BATCH, ImageSet, of_data
+from shared.evaluation.page import report
+from shared.evaluation.reference import (
     NOISE_SEEDS,
-    Measured,
     add_options,
+    check_count,
     check_reference,
     chosen_networks,
-    compare,
-    finite,
     halves,
-    lens_fitter,
-    lens_share,
-    physics_rows,
-    score_rows,
-    spectra,
 )
+from shared.evaluation.tables import finite
 from shared.files import make_folder, write_atomically
-from shared.metrics import fid
-from shared.metrics.lens_fit import LensFitter
-from shared.metrics.obedience import obedience
+from shared.flops import count as operations
+from shared.flops import flops
 from shared.report import Report, grid, loss_curves
-from shared.simulate.preset import AXES
-from stage2_diffusion.conditions import CLASS
 from stage2_diffusion.generator import Generator
 from stage2_diffusion.sample import (
     GUIDANCE,
@@ -60,68 +54,129 @@ from stage2_diffusion.sample import (
     add_model,
     add_settings,
     chosen_settings,
-    draw,
     load_model,
     seed_range,
 )
 
-SHOWN = 24
-LOOSE = 5.0  # degrees: angles with larger errors of their fit are not compared
+TIMED = 64  # lenses
+REPEATS = 3
+FILMED, FRAMES = 6, 12
+OF_A_RUN = ("config.yaml", "last.ckpt", "config.json", "model")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("lens-ldm evaluate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add_model(parser)
+    add_model(parser, "folder of a run or of a published model, or samples: an .npz, a folder of .npy or .png, ...")
     add_options(parser)
+    judge.add_options(parser)
     parser.add_argument("--samples", type=Path, help="samples.npz of this model, instead of drawing new ones")
     parser.add_argument("--seed", type=int, help="of the first sample (default: 0)")
+    parser.add_argument("--guide", metavar="MODEL", help="a weaker model of the same stage 1 to be guided by")
     parser.add_argument(
-        "--fit", type=positive, metavar="N", help="fit lens models to N images of each kind; 0.4 s each on a CPU"
+        "--sample-range",
+        type=_span,
+        metavar="LOW,HIGH",
+        help="of the values in files of samples: the ends of the data's range",
     )
-    parser.add_argument("--preset", default="deeplense", help="of those lens models (default %(default)s)")
+    parser.add_argument("--key", metavar="NAME", help="which array of a file of samples with several")
     add_settings(parser)
     a = parser.parse_args(argv)
 
-    if a.samples and (given := [k for k in ("seed", *SETTINGS, *GUIDANCE) if getattr(a, k) is not None]):
-        raise UserError(f"--{given[0]} says how to draw samples, and --samples brings them: give one of the two")
     # Whatever can be wrong is found before the first minute of work.
     networks = chosen_networks(a)
-    generator = load_model(a)
     reference = LensImages(a.reference)
-    count = check_reference(generator.autoencoder, reference, a.reference, a.count, generator.config["data"]["name"])
-    fitter, of_kind = lens_fitter(a.preset, reference) if a.fit else (None, np.array([]))
-    out = a.out or Path(a.model) / "evaluation"
-    make_folder(out)
-    other = halves(reference, count)[1]
-    if a.samples:
-        samples, sampling, asked = read_samples(a.samples, count, generator)
-    else:
-        asked = generator.conditions.of(reference, other)
-        if missing := [name for name in generator.conditions.names if name not in asked]:
-            print(f"{a.reference} knows no {', '.join(missing)}: the samples may have any", file=sys.stderr)
-        sampling = chosen_settings(a, generator, asked=asked)
-        samples = draw(generator, seed_range(a.seed or 0, count), cond=asked, **sampling)
-
-    metrics, sets, measured = evaluate(generator, reference, samples, networks)
-    if fitter is not None:
-        truth = {name: np.array(v["values"], float)[other] for name, v in reference.index.get("parameters", {}).items()}
-        chosen = np.flatnonzero(of_kind[other])[: a.fit]
-        if not len(chosen):
-            raise UserError(f"--fit: none of the images is of the first class of preset {a.preset}")
-        metrics["lens_fits"] = {
-            name: fit(fitter, sets[name][places], {key: values[places] for key, values in told.items()})
-            for name, places, told in (
-                ("real", chosen, truth),
-                ("reconstructions", chosen, truth),
-                ("samples", fittable(fitter, asked, count)[: a.fit], asked),
-            )
+    path = Path(a.model)
+    drawn = is_model(path)
+    if not drawn and (
+        given := [k for k in ("samples", "seed", "guide", *SETTINGS, *GUIDANCE) if getattr(a, k) is not None]
+    ):
+        raise UserError(f"--{given[0]} is for a model, and {path} is none: leave it out")
+    out = a.out or (path / "evaluation" if drawn else path.with_name(f"{path.stem}-evaluation"))
+    kept = out / "measured"
+    about: dict[str, Any] = {"model": a.model}
+    if drawn:
+        if a.sample_range or a.key:
+            raise UserError("--sample-range and --key are for files of samples that no model here has drawn")
+        generator = load_model(a)
+        count = check_reference(
+            generator.autoencoder, reference, a.reference, a.count, generator.config["data"]["name"]
+        )
+        other = halves(reference, count)[1]
+        samples, asked, sampling = samples_of(a, generator, reference, other, kept)
+        about |= {
+            "weights_sha256": generator.config["sha256"],
+            "sampling": sampling,
+            "cost": cost(generator, asked, sampling),
         }
-    metrics |= {"model": a.model, "reference": str(a.reference), "sampling": sampling, "versions": versions()}
-    write_atomically(out / "metrics.json", (json.dumps(finite(metrics), indent=1, allow_nan=False) + "\n").encode())
-    report(generator, metrics, sets, measured, Path(a.model)).write(out / "report.html")
-    for rows in (score_rows(metrics), fit_rows(metrics.get("lens_fits"))):
-        print("\n".join(" ".join(f"{x:>24}" if k else f"{x:34}" for k, x in enumerate(row)) for row in rows))
+        candidates = {"reconstructions": reconstructions(generator, reference, other, kept), "samples": samples}
+    else:
+        samples, asked = of_files(path, reference, a.sample_range, a.key), {}
+        count = check_count(
+            reference, a.reference, a.count or min(len(samples), 2500, len(reference.split("test")) // 2)
+        )
+        if len(samples) < count:
+            raise UserError(
+                f"{path} holds {len(samples)} samples, {count} are to be scored: bring more, or lower --count"
+            )
+        candidates = {"samples": ImageSet(samples.key, count, samples.get, kept)}
+    if advice := hint(reference.transform, reference.index["statistics"]):
+        print(f"warning: {advice}", file=sys.stderr)
+    plan = judge.plan(a, reference, networks, count)
+    make_folder(out)
+    evaluation = judge.judge(plan, candidates, asked)
+    metrics = finite({**about, "reference": str(a.reference), **evaluation.metrics, "versions": versions()})
+    page = report(evaluation, metrics)
+    if drawn:
+        film(page, generator, asked, sampling)
+        about_training(page, path, generator.config)
+    page.section("How it was made").listing(json.dumps(metrics, indent=1))
+    page.write(out / "report.html")
+    # Last, so that whoever finds it finds all of the rest.
+    write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+    print(judge.summary(metrics))
     print(f"{out / 'metrics.json'}, {out / 'report.html'}")
+
+
+def is_model(path: Path) -> bool:
+    """Whether this is the folder of a model, and not samples. UserError if there is nothing, or a run without a model."""
+    if path.is_file() or (path.is_dir() and not any((path / name).exists() for name in OF_A_RUN)):
+        return False
+    if not path.exists() and path.suffix:
+        raise UserError(f"{path} does not exist: name the folder of a model, or samples")
+    find_model(path)
+    return True
+
+
+def samples_of(
+    options: argparse.Namespace, generator: Generator, reference: LensImages, other: np.ndarray, kept: Path
+) -> tuple[ImageSet, dict[str, np.ndarray], dict[str, Any]]:
+    """As many samples as places in `other`, drawn when they are needed: what they were asked for, and how they are drawn."""
+    if options.samples:
+        if given := [k for k in ("seed", "guide", *SETTINGS, *GUIDANCE) if getattr(options, k) is not None]:
+            raise UserError(f"--{given[0]} says how to draw samples, and --samples brings them: give one of the two")
+        images, sampling, asked = read_samples(options.samples, len(other), generator)
+        key = f"samples {generator.config['sha256']} {json.dumps(sampling, sort_keys=True)} {sampling['first_seed']}"
+        return ImageSet(key, len(images), lambda places: images[torch.from_numpy(places)], kept), asked, sampling
+    asked = generator.conditions.of(reference, other)
+    if missing := [name for name in generator.conditions.names if name not in asked]:
+        print(f"{options.reference} knows no {', '.join(missing)}: the samples may have any", file=sys.stderr)
+    guide = Generator.from_pretrained(options.guide, options.device, options.trust) if options.guide else None
+    sampling = chosen_settings(options, generator, guide, asked)
+    seeds = np.asarray(seed_range(options.seed or 0, len(other)))
+    whose = "" if guide is None else guide.config["sha256"]
+    told = f"{reference.fingerprint} {other.tolist()}" if asked else ""
+
+    def get(places: np.ndarray) -> Tensor:
+        cond = {name: values[places] for name, values in asked.items()}
+        return generator.images(seeds[places].tolist(), cond=cond, guide=guide, **sampling)
+
+    key = f"samples {generator.config['sha256']} {json.dumps(sampling, sort_keys=True)} {seeds[0]} {whose} {told}"
+    about = {
+        **sampling,
+        "first_seed": int(seeds[0]),
+        **({"guide": options.guide, "guide_sha256": whose} if guide else {}),
+    }
+    return ImageSet(key, len(seeds), get, kept), asked, about
 
 
 def read_samples(path: Path, count: int, generator: Generator) -> tuple[Tensor, dict[str, Any], dict[str, np.ndarray]]:
@@ -138,131 +193,73 @@ def read_samples(path: Path, count: int, generator: Generator) -> tuple[Tensor, 
         raise UserError(f"{path} holds clean images, which real ones are not: draw the samples without --clean")
     if len(images) < count:
         raise UserError(f"{path} holds {len(images)} samples, {count} are to be scored: draw more, or lower --count")
-    sampling = {k: metadata.get(k) for k in (*SETTINGS, *GUIDANCE, "guide", "times", "lenses_per_second")}
+    sampling = {k: metadata.get(k) for k in (*SETTINGS, *GUIDANCE, "guide", "times", "first_seed")}
     return torch.from_numpy(images[:count]), sampling, asked
 
 
-def fittable(fitter: LensFitter, asked: Mapping[str, np.ndarray], n: int) -> np.ndarray:
-    """The places, of n samples, that a fitter is for: where classes were asked for, those of the first of its preset."""
-    kind = next(iter(fitter.preset.classes), None)
-    return np.flatnonzero(asked[CLASS] == kind) if CLASS in asked and kind in asked[CLASS] else np.arange(n)
+def reconstructions(generator: Generator, reference: LensImages, places: np.ndarray, kept: Path) -> ImageSet:
+    """These images through the autoencoder and back, with new pixel noise."""
+    images = of_data(reference, places)
+
+    def get(chosen: np.ndarray) -> Tensor:
+        parts = zip(images.get(chosen).split(BATCH), np.split(chosen, range(BATCH, len(chosen), BATCH)), strict=True)
+        return torch.cat([generator.reconstruct(part, (NOISE_SEEDS + where).tolist()) for part, where in parts])
+
+    key = f"reconstructions {generator.config['sha256']} {NOISE_SEEDS} {images.key}"
+    return ImageSet(key, len(images), get, kept)
 
 
-def fit(fitter: LensFitter, images: Tensor, truth: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Lens fits of images (N, C, H, W): how many are lenses at the level of their noise, and how far their parameters are
-    from the truth, {name: (N,)}, where there is one."""
-    fits = fitter.fit(images, progress=True)
-    parameters = {}
-    for name, values in fits.parameters.items():
-        if name in truth:
-            axis = name in AXES
-            # What is almost round has no angle, whatever was asked for.
-            known = np.where(fits.errors[name] < LOOSE, values, np.nan) if axis else values
-            parameters[name] = obedience(np.asarray(truth[name], float), known, axis)._asdict()
-    return {**lens_share(fits), "parameters": parameters}
+def cost(generator: Generator, asked: Mapping[str, np.ndarray], sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """GFLOP a lens, decoder included, and milliseconds a lens as they are drawn here, TIMED at once (median of REPEATS)."""
+    x_t = torch.zeros(1, *generator.autoencoder.latent_shape, device=generator.device)
+    evaluation = operations(generator.denoise(generator.condition(1)), x_t, torch.ones(1, device=x_t.device))
+    guided = sampling["guidance"] not in (None, 1)  # at each step it is asked twice
+    settings = {key: sampling[key] for key in (*SETTINGS, "times")}
+    cond = {name: np.resize(values, TIMED) for name, values in asked.items()}
+    seconds = []
+    for _ in range(REPEATS + 1):  # the first is to warm up
+        started = time.perf_counter()
+        generator.images(range(TIMED), cond=cond, **settings, guidance=sampling["guidance"] if cond else None)
+        seconds.append(time.perf_counter() - started)
+    return {
+        "gflop": (1 + guided) * sampling["steps"] * evaluation + flops(generator.autoencoder)["decode"],
+        # A guide is another model, which is not timed here.
+        "milliseconds": None if sampling.get("guide") else 1000 * float(np.median(seconds[1:])) / TIMED,
+        "device": str(generator.device), "threads": torch.get_num_threads(),
+    }  # fmt: skip
 
 
-def fit_rows(fits: dict[str, Any] | None) -> list[list[str]]:
-    """The tables of lens fits, header first; empty where there are none."""
-    if not fits:
-        return []
-    rows = [
-        ["lens fits", *fits],
-        ["lenses at the noise level", *(f"{one['share']:.0%} of {one['n']}" for one in fits.values())],
-        ["chi² of lit pixels, median", *(f"{one['chi2_lit']:.2f}" for one in fits.values())],
-    ]
-    for name in fits["real"]["parameters"]:
-        found = [one["parameters"].get(name) for one in fits.values()]
-        rows.append([
-            f"{name}: bias ± scatter, R²",
-            *(f"{s['bias']:.3f} ± {s['scatter']:.3f}, {s['r2']:.3f}" if s and s["n"] else "-" for s in found),
-        ])  # fmt: skip
-    return rows
+def film(page: Report, generator: Generator, asked: Mapping[str, np.ndarray], sampling: Mapping[str, Any]) -> None:
+    """How the first lenses come about: what the network takes each for, at every step."""
+    settings = {key: sampling[key] for key in (*SETTINGS, "times")}
+    cond = {name: values[:FILMED] for name, values in asked.items()}
+    first = sampling["first_seed"]
+    states = generator.trajectory(range(first, first + FILMED), cond=cond, **settings)
+    chosen = sorted({round(k) for k in np.linspace(0, len(states) - 1, FRAMES)})
+    transform = generator.autoencoder.transform
+    title = "evaluation {} of {}: what each will be, without pixel noise"
+    frames = [grid(transform.unit(states[k]), FILMED, title=title.format(k + 1, len(states))) for k in chosen]
+    page.section("How lenses come about").film(frames, "the denoising of the first samples")
 
 
-def evaluate(
-    generator: Generator, reference: LensImages, samples: Tensor, networks: list[fid.Network]
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Measured]]:
-    """Score samples (N, C, H, W), and reconstructions beside them.
-
-    -> metrics, the sets of images behind them, what was measured of those
-    """
-    n = len(samples)
-    half, other = (reference.batch(part) for part in halves(reference, n))
-    reconstructions = torch.cat([
-        generator.reconstruct(part, range(NOISE_SEEDS + BATCH * k, NOISE_SEEDS + BATCH * k + len(part)))
-        for k, part in enumerate(other.split(BATCH))
-    ])  # fmt: skip
-    sets = {"reference": half, "real": other, "reconstructions": reconstructions, "samples": samples}
-    transform = reference.transform
-    if advice := hint(transform, reference.index["statistics"]):
-        print(f"warning: {advice}", file=sys.stderr)
-    measured = {name: Measured(networks, transform) for name in sets}
-    with tqdm(total=4 * n, desc="features", unit="image", disable=None, leave=False) as bar:
-        for name, images in sets.items():
-            measured[name].add_all(images, bar.update)
-    candidates = {name: measured[name] for name in ("reconstructions", "samples")}
-    scores = compare(measured["reference"], measured["real"], candidates)
-    return {"n": n, **transform.to_config(), **scores}, sets, measured
-
-
-def report(
-    generator: Generator, metrics: dict[str, Any], sets: dict[str, Tensor], measured: dict[str, Measured], model: Path
-) -> Report:
-    """The one-file report: pictures first, then the curves, then the numbers and how they came about."""
-    n, transform = metrics["n"], PixelTransform.from_config(metrics)
-    config, sampling = generator.config, metrics["sampling"]
-    grid_of_times = "a grid fitted to the model" if sampling["times"] else f"shift {sampling['shift']:g}"
-    page = Report(
-        f"lens-ldm: {config['training']['name']}",
-        f"{n} samples, {sampling['steps']} steps of {sampling['sampler']} ({grid_of_times}), beside {n} real "
-        f"images of the test split of {metrics['reference']}. All pictures are on one scale, {transform.low:g} to "
-        f"{transform.high:g}, {transform.stretched}.",
-    )
-    for key, heading in (
-        ("samples", "Generated: the first samples, none picked"),
-        ("real", "Real: test images, none picked"),
-        ("reconstructions", "The same test images through the autoencoder and back"),
-    ):
-        page.section(heading).picture(grid(transform.unit(sets[key][:SHOWN]), 8), heading)
-
-    header, *rows = score_rows(metrics)
-    page.section(
-        "Distances",
-        "Fréchet distance between sets of images; 0 would be the same distribution. A finite number of images keeps even "
-        "real images from real images apart: that is the floor, and the excess over it hardly depends on n.",
-    ).table(header, rows)
-    for name, scores in metrics["distances"].items():
-        s = scores["samples"]
-        page.section(
-            "",
-            f"{name}: features of {s['extractor']}, resized {s['resizer']}, {s['stretch']} grey levels, "
-            "clamped and rounded to uint8.",
-        )
-
-    page.section(
-        "Physics",
-        "Wasserstein-1 distance of each quantity to real images, and how many times that between real images it is: 1 is "
-        "perfect. Lengths in pixels, brightness in the data's range.",
-    )
-    header, *rows = physics_rows(metrics["physics"])
-    page.table(header, rows)
-    page.picture(spectra({k: one for k, one in measured.items() if k != "reference"}), "power spectra and pixel values")
-
-    if rows := fit_rows(metrics.get("lens_fits")):
-        page.section(
-            "Lens fits",
-            "Parameters by a lens fit against the true ones of real images and of their reconstructions, and against those "
-            "that samples were asked for: median and robust standard deviation of the difference, share of the variance found.",
-        ).table(rows[0], rows[1:])
+def about_training(page: Report, model: Path, config: Mapping[str, Any]) -> None:
+    """Loss curves, where the model's runs are still there, and its configuration."""
     runs = {"stage 2": model / "metrics.csv"}
     if config["training"]["autoencoder"] != "pixels":
         runs = {"stage 1": Path(config["training"]["autoencoder"]) / "metrics.csv", **runs}
     if curves := loss_curves(runs):
         page.section("Training").picture(curves, "loss curves")
-    page.section("How it was made").listing(json.dumps({k: v for k, v in metrics.items() if k != "physics"}, indent=1))
     page.section("Configuration of stage 2").listing(yaml.safe_dump(config["training"], sort_keys=False))
-    return page
+
+
+def _span(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not low < high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH with LOW < HIGH")
+    return low, high
 
 
 if __name__ == "__main__":

@@ -172,6 +172,21 @@ class Generator:
                 images = x_0 if latents else self.autoencoder.decode(x_0, observed=observed, generator=pixel_noise)
             yield chunk, images.float()
 
+    def trajectory(self, seeds: Sequence[int], cond: Mapping[str, Any] | None = None, **options: Any) -> list[Tensor]:
+        """What the network takes each image to be at every evaluation, without pixel noise: (N, C, H, W) each, on the CPU.
+
+        options  of `sample`
+        """
+        estimates: list[Tensor] = []
+        handle = self.denoiser.register_forward_hook(lambda module, inputs, output: estimates.append(output))
+        try:
+            for _ in self.sample(seeds, cond, batch_size=len(seeds), latents=True, **options):
+                pass
+        finally:
+            handle.remove()
+        with torch.no_grad(), autocast(self.device, self.precision):
+            return [self.autoencoder.decode(x_0, observed=False).float().cpu() for x_0 in estimates]
+
     def condition(self, n: int, cond: Mapping[str, Any] | None = None) -> Tensor | None:
         """The whole condition (n, d) of lenses as the data have them turned, with `cond` as `sample` takes it."""
         vector = self.conditions.vector(n, cond)

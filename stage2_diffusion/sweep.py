@@ -18,30 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from shared.cli import Parser, above_zero, guard, positive
 from shared.data.cache import LensImages
 from shared.errors import UserError
-from shared.evaluation import (
-    Measured,
-    add_options,
-    check_reference,
-    chosen_networks,
-    compare,
-    finite,
-    halves,
-    lens_fitter,
-    lens_share,
-)
+from shared.evaluation.judge import fittable
+from shared.evaluation.lenses import lens_fitter, lens_share
+from shared.evaluation.measure import ImageSet, Measured, of_data, of_tensor
+from shared.evaluation.reference import add_options, check_reference, chosen_networks, halves
+from shared.evaluation.scores import compare
+from shared.evaluation.tables import finite
 from shared.files import make_folder, markdown, write_atomically
 from shared.flops import count, flops
 from shared.metrics import fid
 from shared.metrics.lens_fit import LensFitter
 from shared.registry import names
 from shared.report import panels, rasterise, save_picture
-from stage2_diffusion.evaluate import fittable
 from stage2_diffusion.generator import Generator
 from stage2_diffusion.sample import add_model, draw, load_model, seed_range
 
@@ -121,23 +114,21 @@ class Scorer:
         self.generator, self.seeds, self.fitter, self.fits = generator, seeds, fitter, fits
         self.networks, self.transform = networks, reference.transform
         half, other = halves(reference, len(seeds))
-        self.reference, self.real = (self.measured(reference.batch(part)) for part in (half, other))
+        self.reference, self.real = (self.measured(of_data(reference, part)) for part in (half, other))
         # What a conditional model is asked for, as in `evaluate`.
         self.asked = generator.conditions.of(reference, other)
         x_t = torch.zeros(1, *generator.autoencoder.latent_shape, device=generator.device)
         self.evaluation = count(generator.denoise(generator.condition(1)), x_t, torch.ones(1, device=x_t.device))
         self.decoding = flops(generator.autoencoder)["decode"]
 
-    def measured(self, images: Tensor) -> Measured:
-        measured = Measured(self.networks, self.transform)
-        measured.add_all(images)
-        return measured
+    def measured(self, images: ImageSet) -> Measured:
+        return Measured.of(images, self.networks, self.transform)
 
     def __call__(self, sampler: str, steps: int, shift: float | None) -> Cell:
         started = time.perf_counter()
         samples = draw(self.generator, self.seeds, cond=self.asked, sampler=sampler, steps=steps, shift=shift)
         seconds = time.perf_counter() - started
-        scores = compare(self.reference, self.real, {"samples": self.measured(samples)})
+        scores = compare(self.reference, self.real, {"samples": self.measured(of_tensor(samples))})
         cell = {
             "sampler": sampler, "steps": steps,
             "gflop": steps * self.evaluation + self.decoding, "milliseconds": 1000 * seconds / len(samples),
@@ -145,7 +136,7 @@ class Scorer:
             "physics": {quantity: score["ratio"] for quantity, score in scores["physics"]["samples"].items()},
         }  # fmt: skip
         if self.fitter is not None:
-            chosen = fittable(self.fitter, self.asked, len(samples))[: self.fits]
+            chosen = fittable(self.fitter.preset, self.asked, len(samples))[: self.fits]
             cell["lenses"] = lens_share(self.fitter.fit(samples[chosen], progress=True))
         return cell
 

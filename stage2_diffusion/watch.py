@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shared.data.cache import LensImages
 from shared.errors import UserError
-from shared.evaluation import BATCH
+from shared.evaluation.measure import BATCH
 from shared.metrics import fid
 from shared.metrics.efficientnet import efficientnet_lite0
 from stage2_diffusion.generator import Generator

@@ -9,7 +9,7 @@ best of some thousand lenses of the preset, then Levenberg-Marquardt for all ima
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from math import ceil, pi
@@ -84,6 +84,29 @@ class LensFits:
             return np.concatenate(values)
 
         return cls(**{field.name: column(field.name) for field in fields(cls)})
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """All but `clean`, one array (N, ...) each, for a file: {"chi2": ..., "parameters theta_E": ...}."""
+        columns: dict[str, np.ndarray] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                columns |= {f"{field.name} {key}": array for key, array in value.items()}
+            elif field.name != "clean":
+                columns[field.name] = value
+        return columns
+
+    @classmethod
+    def of_columns(cls, columns: Mapping[str, np.ndarray]) -> "LensFits":
+        """What `columns` gave; `clean` is (N, 0)."""
+        parts: dict[str, Any] = {"clean": np.empty((len(columns["chi2"]), 0)), "parameters": {}, "errors": {}}
+        for name, array in columns.items():
+            field, _, key = name.partition(" ")
+            if key:
+                parts[field][key] = array
+            else:
+                parts[field] = array
+        return cls(**parts)
 
 
 class Grid:

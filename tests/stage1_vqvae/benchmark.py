@@ -12,7 +12,8 @@ import argparse
 import torch
 
 from shared.data.normalise import PixelTransform
-from shared.evaluation import Measured, compare
+from shared.evaluation.measure import Measured
+from shared.evaluation.scores import compare
 from shared.metrics.efficientnet import efficientnet_lite0
 from shared.simulate.images import observe, render
 from shared.simulate.preset import Preset, draw_parameters

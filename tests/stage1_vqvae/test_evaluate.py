@@ -15,7 +15,7 @@ from shared.checkpoint import autoencoder_config, publish
 from shared.cli import main
 from shared.data.cache import CacheWriter, LensImages
 from shared.errors import UserError
-from shared.evaluation import halves
+from shared.evaluation.reference import halves
 from shared.simulate.images import simulate
 from shared.simulate.preset import Preset
 from shared.simulate.run import simulate_to

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from shared.evaluation.lenses import fit_images, lens_share, population, told_and_found
+from shared.evaluation.measure import of_tensor
+from shared.evaluation.tables import fit_rows
 from shared.metrics.lens_fit import LensFitter
 from shared.simulate.images import observe, render
 from shared.simulate.preset import Preset, draw_parameters
-from stage2_diffusion.evaluate import fit, fit_rows
 
 
 @pytest.mark.slow
@@ -24,9 +26,10 @@ def test_fits_find_what_was_planted():
     parameters["q_s"][0] = 1.0
     images, _ = observe(preset, render(preset, parameters), 0, range(8))
     fitter = LensFitter(preset)
+    fits = fit_images(of_tensor(images), fitter)
     asked = {**parameters, "theta_E": parameters["theta_E"] - 0.1, "class": np.array(["sphere"] * 8)}
     del asked["y_s"]
-    found = fit(fitter, images, asked)
+    found = {**lens_share(fits), "parameters": told_and_found(fits, asked)}
     assert found["n"] == 8
     assert found["share"] == 1
     assert set(found["parameters"]) == {"theta_E", "x_s", "q_s", "PA_s"}
@@ -35,10 +38,11 @@ def test_fits_find_what_was_planted():
     assert found["parameters"]["x_s"]["r2"] > 0.99
     assert found["parameters"]["PA_s"]["n"] < 8  # one of them is round
     assert found["parameters"]["PA_s"]["r2"] > 0.98
-    nothing = fit(fitter, images[:2], {})
+    nothing = {**lens_share(fits), "parameters": told_and_found(fits, {})}
     header, share, chi2, *rows = fit_rows({"real": found, "samples": nothing})
     assert header == ["lens fits", "real", "samples"]
-    assert share[1:] == ["100% of 8", "100% of 2"]
+    assert share[1:] == ["100% of 8 (68% to 100%)"] * 2
     assert 0.8 < float(chi2[1]) < 1.2
     assert [row[2] for row in rows] == ["-"] * 4
     assert fit_rows(None) == []
+    assert {name: s["w1"] for name, s in population(fits, fits, fits).items()} == dict.fromkeys(fits.parameters, 0.0)

@@ -1,6 +1,6 @@
 import json
 
-from shared.evaluation import finite, physics_rows
+from shared.evaluation.tables import finite, physics_rows
 
 
 def test_a_quantity_without_scatter_among_real_images_has_no_ratio() -> None:

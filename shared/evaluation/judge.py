@@ -1,0 +1,197 @@
+"""The whole judgement of samples: every metric beside what real images get by it, a verdict, a page.
+
+`plan` finds whatever can be wrong before anything is measured, `judge` measures and compares, `report` shows it.
+"""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from shared.cli import at_least
+from shared.data.cache import LensImages
+from shared.errors import UserError
+from shared.evaluation import lenses, protocols, scores, tables
+from shared.evaluation.measure import ImageSet, Measured, of_data
+from shared.evaluation.protocols import Protocol
+from shared.evaluation.reference import halves
+from shared.metrics import fid
+from shared.metrics.lens_fit import LensFitter
+from shared.simulate.preset import Preset
+
+FITTED = 100  # images of each set, where their preset is known
+SHOWN = 24
+CLASS = "class"
+PARTS = ("two-sample",)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is measured beside distances and physics."""
+    parser.add_argument(
+        "--fit", type=at_least(0), metavar="N",
+        help=f"fit lens models to N images of each set, some 0.2 s each (default: {FITTED} where the preset is known)",
+    )  # fmt: skip
+    parser.add_argument("--preset", help="of those lens models (default: that of the simulation)")
+    parser.add_argument(
+        "--protocol", nargs="+", default=[], metavar="NAME",
+        help=f"also as published numbers were taken: {', '.join(protocols.PROTOCOLS)}, all",
+    )  # fmt: skip
+    parser.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="leave out what takes long")
+
+
+@dataclass
+class Plan:
+    """What is compared with what, by what. `near` is the reference, `far` the other half of the real images."""
+
+    reference: LensImages
+    networks: list[fid.Network]
+    near: ImageSet
+    far: ImageSet
+    far_places: np.ndarray
+    fitter: LensFitter | None
+    of_kind: np.ndarray
+    fits: int
+    protocols: list[Protocol]
+    skip: list[str]
+
+
+def plan(options: argparse.Namespace, reference: LensImages, networks: list[fid.Network], count: int) -> Plan:
+    """UserError if the data do not allow what the options ask for."""
+    near, far = halves(reference, count)
+    fits, fitter, of_kind = options.fit, None, np.ones(len(reference), bool)
+    if fits is None:
+        fits = FITTED if options.preset is not None or lenses.simulated_with(reference) is not None else 0
+    if fits:
+        try:
+            fitter, of_kind = lenses.lens_fitter(options.preset, reference)
+        except UserError as error:
+            if options.fit or options.preset:
+                raise
+            print(f"no lens fits: {error}")
+            fits = 0
+    if fits and min(of_kind[near].sum(), of_kind[far].sum()) < 2:
+        raise UserError(f"--fit: too few of the images are of the first class of preset {options.preset}")
+    return Plan(
+        reference, networks, of_data(reference, near), of_data(reference, far), far, fitter, of_kind,
+        min(fits, int(of_kind[near].sum()), int(of_kind[far].sum())),
+        protocols.chosen(options.protocol, reference, count), options.skip,
+    )  # fmt: skip
+
+
+@dataclass
+class Evaluation:
+    """Numbers, and the sets and what was measured of them, for pictures."""
+
+    metrics: dict[str, Any]
+    sets: dict[str, ImageSet]
+    measured: dict[str, Measured]
+
+
+def judge(plan: Plan, candidates: Mapping[str, ImageSet], asked: Mapping[str, np.ndarray]) -> Evaluation:
+    """Score candidates, `samples` among them, as many as there are images in either half.
+
+    asked  what the samples were asked to be, {name: (N,)}
+    """
+    sets = {"reference": plan.near, "real": plan.far, **candidates}
+    transform = plan.reference.transform
+    n, measured = len(plan.near), {}
+    with tqdm(total=len(sets) * n, desc="measuring", unit="image", disable=None, leave=False) as bar:
+        for name, images in sets.items():
+            bar.set_postfix_str(name)
+            measured[name] = Measured.of(images, plan.networks, transform, bar.update)
+    others = {name: measured[name] for name in candidates}
+    metrics = {"n": n, **transform.to_config(), **scores.compare(measured["reference"], measured["real"], others)}
+    if plan.fitter is not None:
+        metrics |= fitted(plan, sets, asked)
+    if "two-sample" not in plan.skip and n >= scores.FEWEST:
+        metrics["two_sample"] = scores.told_apart(plan.near, plan.far, candidates)
+    metrics["protocols"] = {
+        one.name: scores.under_protocol(one, plan.reference, candidates, plan.networks) for one in plan.protocols
+    }
+    return Evaluation(metrics, sets, measured)
+
+
+def fitted(plan: Plan, sets: Mapping[str, ImageSet], asked: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """{lens_fits: {set: shares, chi2 and how far parameters are from the truth}, population: {candidate: {parameter: ...}}}."""
+    assert plan.fitter is not None
+    known = plan.reference.index.get("parameters", {})
+    truth = {name: np.array(column["values"], float)[plan.far_places] for name, column in known.items()}
+    near = halves(plan.reference, len(plan.near))[0]
+    ours = {
+        "reference": np.flatnonzero(plan.of_kind[near]),
+        "samples": fittable(plan.fitter.preset, asked, len(plan.near)),
+    }
+    fits, found = {}, {}
+    for name, images in sets.items():
+        places = ours.get(name, np.flatnonzero(plan.of_kind[plan.far_places]))[: plan.fits]
+        fits[name] = lenses.fit_images(images.subset(places), plan.fitter, f"lens fits, {name}")
+        told = asked if name == "samples" else {} if name == "reference" else truth
+        told = {key: values[places] for key, values in told.items() if key != CLASS}
+        found[name] = {**lenses.lens_share(fits[name]), "parameters": lenses.told_and_found(fits[name], told)}
+    reference, real = fits.pop("reference"), fits.pop("real")
+    compared = {name: lenses.population(reference, real, one) for name, one in fits.items() if len(one) == len(real)}
+    del found["reference"]
+    return {"lens_fits": found, "population": compared}
+
+
+def fittable(preset: Preset, asked: Mapping[str, np.ndarray], n: int) -> np.ndarray:
+    """The places, of n samples, that the fitter of a preset is for: of its first class, where they were asked for classes."""
+    kind = next(iter(preset.classes), None)
+    return np.flatnonzero(asked[CLASS] == kind) if CLASS in asked and kind in asked[CLASS] else np.arange(n)
+
+
+# --- what it comes to -------------------------------------------------------------------------------------------------
+
+FAR = 2.0  # times the distance between real sets: what is said to be off
+
+
+def verdict(metrics: Mapping[str, Any]) -> list[tuple[bool, str]]:
+    """The judgement in a few lines: whether samples are as real images are, and how they are not."""
+    n, lines = metrics["n"], []
+    for metric, found in metrics["distances"].items():
+        s = found["samples"]
+        near = s["excess"] <= 2 * s["floor_sd"]
+        word = (
+            "no further from real images than other real images are"
+            if near
+            else "further from real images than they are"
+        )
+        lines.append(
+            (
+                near,
+                f"{metric}: {s['excess']:+.2f} over the floor of {s['floor']:.2f} ± {s['floor_sd']:.2f} (n = {n}): {word}",
+            )
+        )
+    ratios = {name: s["ratio"] for name, s in metrics["physics"]["samples"].items() if s["ratio"] is not None}
+    off = sorted((name for name in ratios if ratios[name] > FAR), key=lambda name: -ratios[name])
+    said = ", ".join(f"{name.replace('_', ' ')} {ratios[name]:.1f}" for name in off)
+    beyond = (
+        f"{len(off)} of {len(ratios)} are over {FAR:g} times as far as between real sets: {said}"
+        if off
+        else f"all {len(ratios)} within {FAR:g} times the distance between real sets"
+    )
+    lines.append((not off, f"quantities measured on each image: {beyond}"))
+    if fits := metrics.get("lens_fits"):
+        share, real = fits["samples"], fits["real"]
+        text = f"lenses at the level of their noise: {tables.share_of(share)}, of real images {tables.share_of(real)}"
+        lines.append((share["interval"][1] >= real["share"], text))
+    if told := metrics.get("two_sample"):
+        s, real = told["samples"], told["real"]
+        low, high = s["auc_interval"]
+        text = f"a classifier tells them from real images with an AUC of {s['auc']:.2f} ({low:.2f} to {high:.2f}), "
+        text += f"real images from others {real['auc']:.2f}, chance is 0.5"
+        lines.append((low <= 0.5, text))
+    return lines
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """For a terminal."""
+    parts = [tables.score_rows(dict(metrics)), tables.fit_rows(metrics.get("lens_fits"))]
+    if metrics.get("protocols"):
+        parts.append(tables.protocol_rows(metrics["protocols"]))
+    text = [tables.aligned(rows) for rows in parts if rows]
+    marks = [f"{'as real' if fine else 'not so':8} {line}" for fine, line in verdict(metrics)]
+    return "\n\n".join([*text, "\n".join(marks)])

@@ -1,0 +1,91 @@
+"""Which images are lenses, and which lenses: fits of a preset's lens model to sets of images."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from torch import Tensor
+from tqdm import tqdm
+
+from shared.data.cache import LensImages
+from shared.errors import UserError
+from shared.evaluation.measure import ImageSet, Measure, measure, source
+from shared.metrics import lens_fit, obedience, physics
+from shared.metrics.lens_fit import LensFits, LensFitter
+from shared.simulate import lens
+from shared.simulate.preset import AXES, Preset
+
+LOOSE = 5.0  # degrees: angles with larger errors of their fit are not compared
+DEFAULT = "deeplense"
+
+
+def lens_fitter(preset_name: str | None, reference: LensImages) -> tuple[LensFitter, np.ndarray]:
+    """The fitter of a preset, of its first class if it has some, and which images (len(reference),) bool it is for.
+
+    preset_name  None: of the preset that the images were simulated with, or else DEFAULT
+    UserError if there is no such preset, or if it makes images of another size.
+    """
+    preset = simulated_with(reference) if preset_name is None else Preset.load(preset_name)
+    preset = preset or Preset.load(DEFAULT)
+    made = (1, preset.pixels, preset.pixels)
+    if reference.image_shape != made:
+        raise UserError(f"--preset {preset.name} makes images {made}, {reference.path} has {reference.image_shape}")
+    kind, classes = next(iter(preset.classes), None), reference.index.get("classes") or []
+    of_kind = np.ones(len(reference), bool)
+    if kind in classes:
+        of_kind = np.asarray(reference.index["labels"]) == classes.index(kind)
+    return LensFitter(preset, kind=kind), of_kind
+
+
+def simulated_with(reference: LensImages) -> Preset | None:
+    """The preset of simulated images; None of others."""
+    about = reference.index["source"]
+    if not isinstance(about, dict) or about.get("kind") != "simulation":
+        return None
+    try:
+        return Preset(**about["preset"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{reference.path}: the preset of its simulation cannot be read; name one by --preset"
+        ) from error
+
+
+def fit_images(images: ImageSet, fitter: LensFitter, what: str = "lens fits") -> LensFits:
+    """Fits of all these images, but for `clean`, which is left empty."""
+
+    def call(batch: Tensor) -> dict[str, np.ndarray]:
+        return fitter.fit(batch).columns()
+
+    free = ", ".join(fitter.coordinates.names)
+    identity = f"{fitter.preset.model_dump_json()} {free} {fitter.noise} {fitter.margin} {source(lens_fit, lens)}"
+    with tqdm(total=len(images), desc=what, unit="image", disable=None, leave=False) as bar:
+        found = measure(images, [Measure("lens fits", identity, call)], bar.update)
+    return LensFits.of_columns(found["lens fits"])
+
+
+def lens_share(fits: LensFits) -> dict[str, Any]:
+    """{n, share of lenses at the level of their noise, its 95 % interval (Wilson), median chi2 per pixel and per lit pixel}."""
+    good = int(fits.consistent().sum())
+    interval = stats.binomtest(good, len(fits)).proportion_ci(method="wilson")
+    return {
+        "n": len(fits), "share": good / len(fits), "interval": [float(interval.low), float(interval.high)],
+        "chi2": float(np.median(fits.chi2)), "chi2_lit": float(np.median(fits.chi2_lit)),
+    }  # fmt: skip
+
+
+def told_and_found(fits: LensFits, truth: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """How far fitted parameters are from the truth, {name: (N,)}, where there is one."""
+    parameters = {}
+    for name, values in fits.parameters.items():
+        if name in truth:
+            axis = name in AXES
+            # What is almost round has no angle, whatever was asked for.
+            known = np.where(fits.errors[name] < LOOSE, values, np.nan) if axis else values
+            parameters[name] = obedience.obedience(np.asarray(truth[name], float), known, axis)._asdict()
+    return parameters
+
+
+def population(reference: LensFits, real: LensFits, candidate: LensFits) -> dict[str, dict[str, float]]:
+    """How far the lenses of `candidate` are distributed from real ones: {parameter: {w1, floor, ratio, ...}}."""
+    return physics.compare(reference.parameters, real.parameters, candidate.parameters)

@@ -1,0 +1,249 @@
+"""Sets of images that can be had again, and what is measured of each image: a chunk at a time, in bounded memory, kept in
+files, so that whoever measures the same set again goes on where it stopped."""
+
+import hashlib
+import inspect
+import io
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.data.cache import LensImages
+from shared.data.normalise import PixelTransform
+from shared.files import write_atomically
+from shared.metrics import efficientnet, fid, physics
+
+BATCH = 32  # images at once; with 64 an evaluation takes 0.2 GB more and no less time
+CHUNK = 128  # images a file: what a kill loses
+BINS = 100  # of the histogram of pixel values
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """n images (C, H, W) in the data's own units, of which any can be had again; never all of them in memory.
+
+    key   says which images they are: measurements are kept under it
+    get   places (m,) in 0 ... n - 1 -> images (m, C, H, W) float32 on the CPU
+    kept  folder for measurements of them; None: they are not kept
+    """
+
+    key: str
+    n: int
+    get: Callable[[np.ndarray], Tensor]
+    kept: Path | None = None
+
+    def __len__(self) -> int:
+        return self.n
+
+    def first(self, count: int) -> Tensor:
+        return self.get(np.arange(min(count, self.n)))
+
+    def batches(self, size: int = BATCH) -> Iterator[Tensor]:
+        return (self.get(np.arange(k, min(k + size, self.n))) for k in range(0, self.n, size))
+
+    def subset(self, places: np.ndarray) -> "ImageSet":
+        digest = hashlib.sha256(np.ascontiguousarray(places, np.int64).data).hexdigest()[:16]
+        return ImageSet(f"{self.key} at {digest}", len(places), lambda chosen: self.get(places[chosen]), self.kept)
+
+    def changed(self, how: str, change: Callable[[Tensor, np.ndarray], Tensor]) -> "ImageSet":
+        """The same images after change(images (m, C, H, W), places (m,)), which `how` tells from every other change."""
+        return ImageSet(f"{self.key}, {how}", self.n, lambda places: change(self.get(places), places), self.kept)
+
+
+def of_data(images: LensImages, indices: np.ndarray) -> ImageSet:
+    """These images of a data set, whose folder keeps what is measured of them, if it may be written to."""
+    kept = images.path / "measured" if os.access(images.path, os.W_OK) else None
+    whole = ImageSet(f"data {images.fingerprint}", len(images), images.batch, kept)
+    return whole.subset(np.asarray(indices))
+
+
+def of_tensor(images: Tensor) -> ImageSet:
+    """Images (N, C, H, W) that are in memory."""
+    digest = hashlib.sha256(np.ascontiguousarray(images.numpy()).data).hexdigest()[:16]
+    return ImageSet(f"images {digest}", len(images), lambda places: images[torch.from_numpy(places)])
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of images: `call`, images (n, C, H, W) -> {column: (n, ...)}.
+
+    identity  changes with whatever changes the numbers, so that kept ones of another kind are not taken for these
+    """
+
+    name: str
+    identity: str
+    call: Callable[[Tensor], Mapping[str, np.ndarray]]
+
+
+def source(*modules: ModuleType) -> str:
+    """What tells the code of modules from that of other versions."""
+    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()[:16]
+
+
+def measure(
+    images: ImageSet, measures: Iterable[Measure], progress: Callable[[int], object] | None = None
+) -> dict[str, dict[str, np.ndarray]]:
+    """-> {measure: {column: (N, ...)}}; `progress` is told how many images are done."""
+    measures = list(measures)
+    parts: dict[str, list[Mapping[str, np.ndarray]]] = {one.name: [] for one in measures}
+    for start in range(0, len(images), CHUNK):
+        places = np.arange(start, min(start + CHUNK, len(images)))
+        files = {one.name: _file(images, one, start, len(places)) for one in measures}
+        found = {name: _read(file) for name, file in files.items()}
+        missing = [one for one in measures if found[one.name] is None]
+        if missing:
+            made: dict[str, list[Mapping[str, np.ndarray]]] = {one.name: [] for one in missing}
+            for batch in images.get(places).split(BATCH):
+                for one in missing:
+                    made[one.name].append(one.call(batch))
+                if progress is not None:
+                    progress(len(batch))
+            for one in missing:
+                found[one.name] = joined(made[one.name])
+                _write(files[one.name], found[one.name])
+        elif progress is not None:
+            progress(len(places))
+        for name, rows in found.items():
+            parts[name].append(rows or {})
+    return {name: joined(rows) for name, rows in parts.items()}
+
+
+def joined(parts: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Columns of several chunks as one."""
+    return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]} if parts else {}
+
+
+def _file(images: ImageSet, one: Measure, start: int, count: int) -> Path | None:
+    if images.kept is None:
+        return None
+    which, what = (
+        hashlib.sha256(text.encode()).hexdigest()[:16] for text in (images.key, f"{one.name} {one.identity}")
+    )
+    return images.kept / which / f"{what}-{start}-{count}.npz"
+
+
+def _read(file: Path | None) -> dict[str, np.ndarray] | None:
+    """None where there is no such file, or half of one."""
+    try:
+        if file is None:
+            return None
+        with np.load(file, allow_pickle=False) as columns:
+            return dict(columns)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _write(file: Path | None, columns: Mapping[str, np.ndarray] | None) -> None:
+    if file is None or columns is None:
+        return
+    stream = io.BytesIO()
+    np.savez(stream, **columns)  # type: ignore[arg-type]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, stream.getvalue())
+
+
+# --- what is measured of every set ------------------------------------------------------------------------------------
+
+
+def features_of(network: fid.Network, transform: PixelTransform) -> Measure:
+    """The features of a network, as it gave them: {"features": (N, d)} float32."""
+
+    def call(images: Tensor) -> dict[str, np.ndarray]:
+        return {"features": fid.features(network, transform.unit(images), (0.0, 1.0)).astype(np.float32)}
+
+    identity = f"{network.extractor} {network.resizer} {transform.to_config()} {source(fid, efficientnet)}"
+    return Measure(f"features {network.metric}", identity, call)
+
+
+def quantities_of(transform: PixelTransform) -> list[Measure]:
+    """What shared/metrics/physics.py measures, and the histogram of pixel values."""
+    span, edges = (transform.low, transform.high), histogram_edges(transform)
+
+    def counts(images: Tensor) -> np.ndarray:
+        return np.stack([np.histogram(image, edges)[0] for image in images.double().numpy()])
+
+    identity = f"{transform.to_config()} {source(physics)}"
+    return [
+        Measure("summaries", identity, lambda images: physics.summaries(images, span)),
+        Measure("power", identity, lambda images: {"power": physics.radial_power_spectrum(images)[1]}),
+        Measure("histogram", identity, lambda images: {"counts": counts(images)}),
+    ]
+
+
+def histogram_edges(transform: PixelTransform) -> np.ndarray:
+    """(BINS + 1,), even in what the network sees."""
+    return transform.inverse(torch.linspace(-1, 1, BINS + 1, dtype=torch.float64)).numpy()
+
+
+class Measured:
+    """All that is measured of a set of images.
+
+    features    {metric: (N, d)} of each network, float32
+    summaries   {quantity: (N,)} of shared/metrics/physics.py
+    k, power    (K,) [cycles/pixel], (N, K)
+    edges       (BINS + 1,) of the histogram `counts` (BINS,) of pixel values, even in what the network sees
+    """
+
+    def __init__(self, networks: Iterable[fid.Network], transform: PixelTransform) -> None:
+        self.networks, self.transform = list(networks), transform
+        self.edges = histogram_edges(transform)
+        self.measures = [*(features_of(network, transform) for network in self.networks), *quantities_of(transform)]
+        self.k = np.empty(0)
+        self._parts: dict[str, list[Mapping[str, np.ndarray]]] = {one.name: [] for one in self.measures}
+
+    @classmethod
+    def of(
+        cls,
+        images: ImageSet,
+        networks: Iterable[fid.Network],
+        transform: PixelTransform,
+        progress: Callable[[int], object] | None = None,
+    ) -> "Measured":
+        """Of a whole set; see `measure`."""
+        measured = cls(networks, transform)
+        measured._k_of(images.first(1))
+        for name, columns in measure(images, measured.measures, progress).items():
+            measured._parts[name].append(columns)
+        return measured
+
+    def add(self, images: Tensor) -> None:
+        """images (n, C, H, W), in the data's own units."""
+        self._k_of(images)
+        for one in self.measures:
+            self._parts[one.name].append(one.call(images))
+
+    def _k_of(self, images: Tensor) -> None:
+        if not len(self.k):
+            self.k = physics.radial_power_spectrum(images[:1])[0]
+
+    def _columns(self, name: str) -> dict[str, np.ndarray]:
+        parts = self._parts[name]
+        if len(parts) > 1:
+            parts[:] = [joined(parts)]
+        return dict(parts[0]) if parts else {}
+
+    @property
+    def features(self) -> dict[str, np.ndarray]:
+        return {network.metric: self._columns(f"features {network.metric}")["features"] for network in self.networks}
+
+    @property
+    def summaries(self) -> dict[str, np.ndarray]:
+        return self._columns("summaries")
+
+    @property
+    def power(self) -> np.ndarray:
+        return self._columns("power")["power"]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self._columns("histogram")["counts"].sum(0)
+
+    def __len__(self) -> int:
+        return len(self._columns("power").get("power", ()))

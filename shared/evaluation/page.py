@@ -1,0 +1,97 @@
+"""The report of an evaluation: one file, the verdict first, then pictures, curves, tables with their floors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from shared.evaluation import tables
+from shared.evaluation.judge import Evaluation, verdict
+from shared.report import Report, grid
+
+SHOWN, WORST = 24, 16
+
+
+def report(evaluation: Evaluation, metrics: Mapping[str, Any]) -> Report:
+    """The page, but for how it was made."""
+    sets, measured, n = evaluation.sets, evaluation.measured, metrics["n"]
+    transform = measured["real"].transform
+    sampling = metrics.get("sampling")
+    drawn = ""
+    if sampling:
+        times = "a grid fitted to the model" if sampling.get("times") else f"shift {sampling['shift']:g}"
+        drawn = f", {sampling['steps']} steps of {sampling['sampler']} ({times})"
+    page = Report(
+        f"lens-ldm: {metrics['model']}",
+        f"{n} samples{drawn}, beside {n} real images of the test split of {metrics['reference']}. All pictures are on one "
+        f"scale, {transform.low:g} to {transform.high:g}, {transform.stretched}.",
+    )
+    page.verdict(verdict(metrics))
+    for name, heading in (
+        ("samples", "Generated: the first samples, none picked"),
+        ("real", "Real: test images, none picked"),
+        ("reconstructions", "The same test images through the autoencoder and back"),
+    ):
+        if name in sets:
+            page.section(heading).picture(grid(transform.unit(sets[name].first(SHOWN)), 8), heading)
+    places, why = worst(evaluation)
+    page.section(f"The worst samples: {why}").picture(
+        grid(transform.unit(sets["samples"].get(places)), 8), "worst samples"
+    )
+
+    header, *rows = tables.score_rows(dict(metrics))
+    page.section(
+        "Distances",
+        "Fréchet distance between sets of images; 0 would be the same distribution. A finite number of images keeps even "
+        "real images from real images apart: that is the floor, and the excess over it hardly depends on n.",
+    ).table(header, rows)
+    for name, found in metrics["distances"].items():
+        s = found["samples"]
+        levels = f"{s['stretch']} grey levels, clamped and rounded to uint8"
+        page.section("", f"{name}: features of {s['extractor']}, resized {s['resizer']}, {levels}.")
+    if found := metrics.get("protocols"):
+        header, *rows = tables.protocol_rows(found)
+        page.section(
+            "By published protocols",
+            "Images treated as they were where such a number was published, each beside the floor of its own protocol. "
+            + "; ".join(f"{name}: {one['about']}" for name, one in found.items()) + ".",
+        ).table(header, rows)  # fmt: skip
+    if found := metrics.get("two_sample"):
+        header, *rows = tables.told_apart_rows(found)
+        page.section(
+            "Told apart", "A small network learns to tell a set from real images; 0.5 is what chance gives."
+        ).table(header, rows)
+
+    header, *rows = tables.physics_rows(metrics["physics"])
+    page.section(
+        "Physics",
+        "Wasserstein-1 distance of each quantity to real images, and how many times that between real images it is: 1 is "
+        "perfect. Lengths in pixels, brightness in the data's range.",
+    ).table(header, rows)
+    shown = {name: one for name, one in measured.items() if name != "reference"}
+    page.picture(tables.spectra(shown), "power spectra and pixel values")
+    if rows := tables.fit_rows(metrics.get("lens_fits")):
+        page.section(
+            "Lens fits",
+            "A lens model fitted to each image: how many are lenses and nothing else but noise (chi² per pixel below 1.2 and "
+            "above 1/1.2, at 10 sigma), 95 % intervals. Parameters against the true ones of real images and of their "
+            "reconstructions, and against those that samples were asked for: median and robust standard deviation of the "
+            "difference, share of the variance found.",
+        ).table(rows[0], rows[1:])
+        header, *rows = tables.physics_rows(metrics["population"])
+        page.section("", "How these lenses are distributed: Wasserstein-1 distance of each fitted parameter.").table(
+            header, rows
+        )
+    return page
+
+
+def worst(evaluation: Evaluation) -> tuple[np.ndarray, str]:
+    """Places of the samples that are furthest from real images in any one quantity, and what that means."""
+    real, samples = (evaluation.measured[name].summaries for name in ("real", "samples"))
+    apart = np.zeros(len(next(iter(samples.values()))))
+    for name, values in samples.items():
+        low, middle, high = np.quantile(real[name], [0.05, 0.5, 0.95])
+        if high > low:
+            apart = np.maximum(apart, np.abs(values - middle) / (high - low))
+    places = np.sort(np.argsort(-apart)[:WORST])
+    return places, "furthest from real ones in any one quantity"
