@@ -323,8 +323,8 @@ def test_the_network_of_fid_is_the_one_of_torchmetrics(tmp_path, monkeypatch, no
     a, b = features(network, images[:3], (0, 1)), features(network, images[3:] ** 2, (0, 1))
     assert a.shape == (3, network.num_features)
     assert frechet_distance(a, b) > 1e-3
-    one_pass = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path), antialias=False)
-    logits = one_pass(to_uint8(images[:3], (0, 1)).repeat(1, 3, 1, 1))[1]
+    classifier = NoTrainInceptionV3("inception-v3-compat", ["logits_unbiased"], str(path), antialias=False)
+    logits = classifier(to_uint8(images[:3], (0, 1)).repeat(1, 3, 1, 1))
     np.testing.assert_allclose(network.logits(a), logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
 
     theirs = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(path), antialias=False)
