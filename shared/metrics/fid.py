@@ -118,6 +118,13 @@ class Inception(nn.Module):
             raise UserError(f"Inception-v3 takes 1 or 3 channels, got {images.shape[1]}; choose one band or three.")
         return self.network(images.expand(-1, 3, -1, -1))
 
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Return the logits float64 (N, 1008) of features (N, 2048), without bias: those of the Inception score.
+
+        The classifier is one linear layer on the features, so they need no second pass.
+        """
+        return features @ self.network.fc.weight.detach().double().cpu().numpy().T
+
 
 def inception(weights: Path | None = None, download: bool = False) -> Inception:
     """Return the network of FID on the weights at `weights`, by default torch-fidelity's file in torch.hub's cache.

@@ -288,10 +288,24 @@ def test_weights_are_fetched_on_request_only_and_checked(tmp_path, monkeypatch):
     assert asked == [("https://example.org/inception.pth", str(weights), "6726825d")]
 
 
+def test_logits_follow_from_features(tmp_path, monkeypatch):
+    class Stub(nn.Module):
+        def __init__(self, *_, **__):
+            super().__init__()
+            self.fc = nn.Linear(2048, 1008)
+
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", Stub)
+    torch.save({}, tmp_path / "weights.pth")
+    network = fid.Inception(tmp_path / "weights.pth")
+    x = gaussian(3, 2048, 0).astype(np.float32)
+    expected = network.network.fc(torch.from_numpy(x)) - network.network.fc.bias
+    np.testing.assert_allclose(network.logits(x), expected.detach().numpy(), atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_network_of_fid_is_the_one_of_torchmetrics(tmp_path, monkeypatch, no_network):
     library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
     torch.manual_seed(0)
     with monkeypatch.context() as patch:  # the weights are not ours to ship: random ones, of the right shape
@@ -309,6 +323,9 @@ def test_the_network_of_fid_is_the_one_of_torchmetrics(tmp_path, monkeypatch, no
     a, b = features(network, images[:3], (0, 1)), features(network, images[3:] ** 2, (0, 1))
     assert a.shape == (3, network.num_features)
     assert frechet_distance(a, b) > 1e-3
+    classifier = NoTrainInceptionV3("inception-v3-compat", ["logits_unbiased"], str(path), antialias=False)
+    logits = classifier(to_uint8(images[:3], (0, 1)).repeat(1, 3, 1, 1))
+    np.testing.assert_allclose(network.logits(a), logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
 
     theirs = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(path), antialias=False)
     theirs.update(to_uint8(images[:3], (0, 1)).repeat(1, 3, 1, 1), real=True)
