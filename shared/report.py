@@ -160,11 +160,16 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DRAWN: Any = {"axes.prop_cycle": cycler(color=COLOURS)}
 
 
-def panels(count: int, width: float = 5.2, height: float = 3.2) -> tuple[Any, list[Any]]:
-    """A matplotlib figure with `count` axes side by side, without pyplot's global state."""
+def panels(count: int, width: float = 5.2, height: float = 3.2, columns: int | None = None) -> tuple[Any, list[Any]]:
+    """A matplotlib figure with `count` axes, all side by side or in rows of `columns`, without pyplot's global state."""
+    columns = min(columns or count, count)
+    rows = -(-count // columns)
     with matplotlib.rc_context(DRAWN):
-        figure = matplotlib.figure.Figure(figsize=(width * count, height), dpi=90, layout="constrained")
-        return figure, list(np.atleast_1d(figure.subplots(1, count)))
+        figure = matplotlib.figure.Figure(figsize=(width * columns, height * rows), dpi=90, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for empty in axes[count:]:
+        empty.set_axis_off()
+    return figure, list(axes[:count])
 
 
 def rasterise(figure: Any) -> Image.Image:

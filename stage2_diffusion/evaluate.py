@@ -43,6 +43,7 @@ from shared.evaluation.reference import (
     halves,
 )
 from shared.evaluation.tables import finite
+from shared.evaluation.verdict import summary
 from shared.files import make_folder, write_atomically
 from shared.flops import count as operations
 from shared.flops import flops
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     page.write(out / "report.html")
     # Last, so that whoever finds it finds all of the rest.
     write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
-    print(judge.summary(metrics))
+    print(summary(metrics))
     print(f"{out / 'metrics.json'}, {out / 'report.html'}")
 
 

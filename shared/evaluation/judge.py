@@ -14,7 +14,7 @@ from tqdm import tqdm
 from shared.cli import at_least
 from shared.data.cache import LensImages
 from shared.errors import UserError
-from shared.evaluation import lenses, protocols, scores, tables
+from shared.evaluation import lenses, protocols, scores
 from shared.evaluation.measure import ImageSet, Measured, of_data
 from shared.evaluation.protocols import Protocol
 from shared.evaluation.reference import halves
@@ -25,7 +25,7 @@ from shared.simulate.preset import Preset
 FITTED = 100  # images of each set, where their preset is known
 SHOWN = 24
 CLASS = "class"
-PARTS = ("two-sample",)
+PARTS = ("distributions", "two-sample", "memory")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -83,11 +83,15 @@ def plan(options: argparse.Namespace, reference: LensImages, networks: list[fid.
 
 @dataclass
 class Evaluation:
-    """Numbers, and the sets and what was measured of them, for pictures."""
+    """Numbers, and the sets and what was measured of them, for pictures.
+
+    lenses  {set: {parameter: (N,)}} of the lens fits, if there are any
+    """
 
     metrics: dict[str, Any]
     sets: dict[str, ImageSet]
     measured: dict[str, Measured]
+    lenses: dict[str, dict[str, np.ndarray]]
 
 
 def judge(plan: Plan, candidates: Mapping[str, ImageSet], asked: Mapping[str, np.ndarray]) -> Evaluation:
@@ -103,19 +107,27 @@ def judge(plan: Plan, candidates: Mapping[str, ImageSet], asked: Mapping[str, np
             bar.set_postfix_str(name)
             measured[name] = Measured.of(images, plan.networks, transform, bar.update)
     others = {name: measured[name] for name in candidates}
-    metrics = {"n": n, **transform.to_config(), **scores.compare(measured["reference"], measured["real"], others)}
+    near, far = measured["reference"], measured["real"]
+    metrics = {"n": n, **transform.to_config(), **scores.compare(near, far, others), **scores.curves(far, others)}
+    if "distributions" not in plan.skip:
+        metrics["distributions"] = scores.distributions(near, far, others)
+    found: dict[str, dict[str, np.ndarray]] = {}
     if plan.fitter is not None:
-        metrics |= fitted(plan, sets, asked)
+        more, found = fitted(plan, sets, asked)
+        metrics |= more
     if "two-sample" not in plan.skip and n >= scores.FEWEST:
         metrics["two_sample"] = scores.told_apart(plan.near, plan.far, candidates)
     metrics["protocols"] = {
         one.name: scores.under_protocol(one, plan.reference, candidates, plan.networks) for one in plan.protocols
     }
-    return Evaluation(metrics, sets, measured)
+    return Evaluation(metrics, sets, measured, found)
 
 
-def fitted(plan: Plan, sets: Mapping[str, ImageSet], asked: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """{lens_fits: {set: shares, chi2 and how far parameters are from the truth}, population: {candidate: {parameter: ...}}}."""
+def fitted(
+    plan: Plan, sets: Mapping[str, ImageSet], asked: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+    """{lens_fits: {set: shares, chi2 and how far parameters are from the truth}, population: {candidate: {parameter: ...}}},
+    and the parameters that were found, {set: {parameter: (N,)}}."""
     assert plan.fitter is not None
     known = plan.reference.index.get("parameters", {})
     truth = {name: np.array(column["values"], float)[plan.far_places] for name, column in known.items()}
@@ -134,64 +146,13 @@ def fitted(plan: Plan, sets: Mapping[str, ImageSet], asked: Mapping[str, np.ndar
     reference, real = fits.pop("reference"), fits.pop("real")
     compared = {name: lenses.population(reference, real, one) for name, one in fits.items() if len(one) == len(real)}
     del found["reference"]
-    return {"lens_fits": found, "population": compared}
+    return {"lens_fits": found, "population": compared}, {
+        "real": real.parameters,
+        **{name: one.parameters for name, one in fits.items()},
+    }
 
 
 def fittable(preset: Preset, asked: Mapping[str, np.ndarray], n: int) -> np.ndarray:
     """The places, of n samples, that the fitter of a preset is for: of its first class, where they were asked for classes."""
     kind = next(iter(preset.classes), None)
     return np.flatnonzero(asked[CLASS] == kind) if CLASS in asked and kind in asked[CLASS] else np.arange(n)
-
-
-# --- what it comes to -------------------------------------------------------------------------------------------------
-
-FAR = 2.0  # times the distance between real sets: what is said to be off
-
-
-def verdict(metrics: Mapping[str, Any]) -> list[tuple[bool, str]]:
-    """The judgement in a few lines: whether samples are as real images are, and how they are not."""
-    n, lines = metrics["n"], []
-    for metric, found in metrics["distances"].items():
-        s = found["samples"]
-        near = s["excess"] <= 2 * s["floor_sd"]
-        word = (
-            "no further from real images than other real images are"
-            if near
-            else "further from real images than they are"
-        )
-        lines.append(
-            (
-                near,
-                f"{metric}: {s['excess']:+.2f} over the floor of {s['floor']:.2f} ± {s['floor_sd']:.2f} (n = {n}): {word}",
-            )
-        )
-    ratios = {name: s["ratio"] for name, s in metrics["physics"]["samples"].items() if s["ratio"] is not None}
-    off = sorted((name for name in ratios if ratios[name] > FAR), key=lambda name: -ratios[name])
-    said = ", ".join(f"{name.replace('_', ' ')} {ratios[name]:.1f}" for name in off)
-    beyond = (
-        f"{len(off)} of {len(ratios)} are over {FAR:g} times as far as between real sets: {said}"
-        if off
-        else f"all {len(ratios)} within {FAR:g} times the distance between real sets"
-    )
-    lines.append((not off, f"quantities measured on each image: {beyond}"))
-    if fits := metrics.get("lens_fits"):
-        share, real = fits["samples"], fits["real"]
-        text = f"lenses at the level of their noise: {tables.share_of(share)}, of real images {tables.share_of(real)}"
-        lines.append((share["interval"][1] >= real["share"], text))
-    if told := metrics.get("two_sample"):
-        s, real = told["samples"], told["real"]
-        low, high = s["auc_interval"]
-        text = f"a classifier tells them from real images with an AUC of {s['auc']:.2f} ({low:.2f} to {high:.2f}), "
-        text += f"real images from others {real['auc']:.2f}, chance is 0.5"
-        lines.append((low <= 0.5, text))
-    return lines
-
-
-def summary(metrics: Mapping[str, Any]) -> str:
-    """For a terminal."""
-    parts = [tables.score_rows(dict(metrics)), tables.fit_rows(metrics.get("lens_fits"))]
-    if metrics.get("protocols"):
-        parts.append(tables.protocol_rows(metrics["protocols"]))
-    text = [tables.aligned(rows) for rows in parts if rows]
-    marks = [f"{'as real' if fine else 'not so':8} {line}" for fine, line in verdict(metrics)]
-    return "\n\n".join([*text, "\n".join(marks)])

@@ -88,4 +88,4 @@ def told_and_found(fits: LensFits, truth: Mapping[str, np.ndarray]) -> dict[str,
 
 def population(reference: LensFits, real: LensFits, candidate: LensFits) -> dict[str, dict[str, float]]:
     """How far the lenses of `candidate` are distributed from real ones: {parameter: {w1, floor, ratio, ...}}."""
-    return physics.compare(reference.parameters, real.parameters, candidate.parameters)
+    return physics.compare(reference.parameters, real.parameters, candidate.parameters, axes=AXES)

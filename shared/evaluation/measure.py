@@ -18,7 +18,7 @@ from torch import Tensor
 from shared.data.cache import LensImages
 from shared.data.normalise import PixelTransform
 from shared.files import write_atomically
-from shared.metrics import efficientnet, fid, physics
+from shared.metrics import efficientnet, fid, morphology, physics
 
 BATCH = 32  # images at once; with 64 an evaluation takes 0.2 GB more and no less time
 CHUNK = 128  # images a file: what a kill loses
@@ -72,7 +72,7 @@ def of_tensor(images: Tensor) -> ImageSet:
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured of images: `call`, images (n, C, H, W) -> {column: (n, ...)}.
+    """What is measured of images: `call`, images (n, C, H, W) -> {column: (n, ...)}, or sums over them, (1, ...).
 
     identity  changes with whatever changes the numbers, so that kept ones of another kind are not taken for these
     """
@@ -163,16 +163,22 @@ def features_of(network: fid.Network, transform: PixelTransform) -> Measure:
 
 
 def quantities_of(transform: PixelTransform) -> list[Measure]:
-    """What shared/metrics/physics.py measures, and the histogram of pixel values."""
+    """What shared/metrics/physics.py and morphology.py measure, and the histogram of pixel values."""
     span, edges = (transform.low, transform.high), histogram_edges(transform)
 
     def counts(images: Tensor) -> np.ndarray:
         return np.stack([np.histogram(image, edges)[0] for image in images.double().numpy()])
 
+    def noise(images: Tensor) -> dict[str, np.ndarray]:
+        curve = physics.noise_curve(images, span)
+        return {"pixels": curve.pixels[None], "light": curve.light[None], "squares": curve.squares[None]}
+
     identity = f"{transform.to_config()} {source(physics)}"
     return [
         Measure("summaries", identity, lambda images: physics.summaries(images, span)),
         Measure("power", identity, lambda images: {"power": physics.radial_power_spectrum(images)[1]}),
+        Measure("shapes", f"{identity} {source(morphology)}", lambda images: morphology.summaries(images, span)),
+        Measure("noise", identity, noise),
         Measure("histogram", identity, lambda images: {"counts": counts(images)}),
     ]
 
@@ -186,8 +192,9 @@ class Measured:
     """All that is measured of a set of images.
 
     features    {metric: (N, d)} of each network, float32
-    summaries   {quantity: (N,)} of shared/metrics/physics.py
+    summaries   {quantity: (N,)} of shared/metrics/physics.py and morphology.py
     k, power    (K,) [cycles/pixel], (N, K)
+    noise       variance of the pixel noise against the signal
     edges       (BINS + 1,) of the histogram `counts` (BINS,) of pixel values, even in what the network sees
     """
 
@@ -235,11 +242,16 @@ class Measured:
 
     @property
     def summaries(self) -> dict[str, np.ndarray]:
-        return self._columns("summaries")
+        return {**self._columns("summaries"), **self._columns("shapes")}
 
     @property
     def power(self) -> np.ndarray:
         return self._columns("power")["power"]
+
+    @property
+    def noise(self) -> physics.NoiseCurve:
+        sums = self._columns("noise")
+        return physics.NoiseCurve(physics.NOISE_EDGES, *(sums[name].sum(0) for name in ("pixels", "light", "squares")))
 
     @property
     def counts(self) -> np.ndarray:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from shared.evaluation import tables
-from shared.evaluation.judge import Evaluation, verdict
+from shared.evaluation.judge import Evaluation
+from shared.evaluation.verdict import verdict
 from shared.report import Report, grid
 
 SHOWN, WORST = 24, 16
@@ -49,6 +50,14 @@ def report(evaluation: Evaluation, metrics: Mapping[str, Any]) -> Report:
         s = found["samples"]
         levels = f"{s['stretch']} grey levels, clamped and rounded to uint8"
         page.section("", f"{name}: features of {s['extractor']}, resized {s['resizer']}, {levels}.")
+    if found := metrics.get("distributions"):
+        header, *rows = tables.distribution_rows(found)
+        page.section(
+            "Distributions",
+            "In the same features. KID: kernel distance, unbiased, with its 95 % interval. Precision and density: whether "
+            "samples are where real images are; recall and coverage: whether they are everywhere there. Real: between real "
+            "sets of as many images, mean and standard deviation over splits; to differ from it either way is a fault.",
+        ).table(header, rows)
     if found := metrics.get("protocols"):
         header, *rows = tables.protocol_rows(found)
         page.section(
@@ -66,10 +75,14 @@ def report(evaluation: Evaluation, metrics: Mapping[str, Any]) -> Report:
     page.section(
         "Physics",
         "Wasserstein-1 distance of each quantity to real images, and how many times that between real images it is: 1 is "
-        "perfect. Lengths in pixels, brightness in the data's range.",
+        "perfect. Lengths in pixels, brightness in the data's range, angles in degrees. An exclamation mark: not distributed "
+        f"as in real images (p below {tables.UNLIKELY:g}, Holm's correction).",
     ).table(header, rows)
     shown = {name: one for name, one in measured.items() if name != "reference"}
-    page.picture(tables.spectra(shown), "power spectra and pixel values")
+    page.picture(tables.spectra(shown), "power spectra, noise and pixel values")
+    page.picture(
+        tables.histograms({name: one.summaries for name, one in shown.items()}), "histograms of the quantities"
+    )
     if rows := tables.fit_rows(metrics.get("lens_fits")):
         page.section(
             "Lens fits",
@@ -78,6 +91,7 @@ def report(evaluation: Evaluation, metrics: Mapping[str, Any]) -> Report:
             "reconstructions, and against those that samples were asked for: median and robust standard deviation of the "
             "difference, share of the variance found.",
         ).table(rows[0], rows[1:])
+        page.picture(tables.histograms(evaluation.lenses), "histograms of the fitted parameters")
         header, *rows = tables.physics_rows(metrics["population"])
         page.section("", "How these lenses are distributed: Wasserstein-1 distance of each fitted parameter.").table(
             header, rows

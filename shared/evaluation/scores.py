@@ -1,6 +1,7 @@
 """What was measured of sets of images, compared with real ones: each score beside its floor."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from shared.data.cache import LensImages
 from shared.evaluation import protocols
 from shared.evaluation.measure import ImageSet, Measure, Measured, features_of, measure, source
 from shared.evaluation.protocols import Protocol
-from shared.metrics import fid, physics, two_sample
+from shared.metrics import distribution, fid, physics, two_sample
 
 TOLD_APART, FEWEST = 500, 20  # images a side that the classifier learns from, at most and at least
 
@@ -20,7 +21,7 @@ def compare(reference: Measured, real: Measured, candidates: Mapping[str, Measur
     """Scores of each candidate beside the floor, that of the other half of the real images, as plain types:
 
     distances   {metric: {candidate: Score}}
-    physics     {candidate: {quantity: {w1, floor, ratio}}}
+    physics     {candidate: {quantity: {w1, floor, ratio, p, p_holm}}}
     """
     transform, distances = reference.transform, {}
     for network in reference.networks:
@@ -32,6 +33,35 @@ def compare(reference: Measured, real: Measured, candidates: Mapping[str, Measur
     pairs = reference.summaries, real.summaries
     compared = {name: physics.compare(*pairs, one.summaries) for name, one in candidates.items()}
     return {"distances": distances, "physics": compared}
+
+
+def distributions(reference: Measured, real: Measured, candidates: Mapping[str, Measured]) -> dict[str, Any]:
+    """{metric of a distance: what `distribution.scores` finds in the features of its network}."""
+    found = {}
+    for network in reference.networks:
+        features = {name: one.features[network.metric] for name, one in candidates.items()}
+        near, far = (one.features[network.metric] for one in (reference, real))
+        logits = getattr(network, "logits", None)
+        found[network.metric] = distribution.scores(near, far, features, logits=logits)
+    return found
+
+
+def curves(real: Measured, candidates: Mapping[str, Measured]) -> dict[str, Any]:
+    """What is a function, beside that of real images, as plain types:
+
+    spectrum  {k, candidate: {mean, mean_low, mean_high, sd, ...}}: power over that of real images, with 95 % intervals
+    noise     {set: {signal, variance, pixels}}, `real` among them, where there are pixels, in units of the range
+    """
+    spectra: dict[str, Any] = {"k": real.k.tolist()}
+    for name, one in candidates.items():
+        ratio = physics.spectrum_ratio(real.power, one.power)
+        spectra[name] = {field.name: getattr(ratio, field.name).tolist() for field in fields(ratio)}
+    noise = {}
+    for name, one in {"real": real, **candidates}.items():
+        curve = one.noise
+        some = curve.pixels > 0
+        noise[name] = {key: getattr(curve, key)[some].tolist() for key in ("signal", "variance", "pixels")}
+    return {"spectrum": spectra, "noise": noise}
 
 
 def told_apart(reference: ImageSet, real: ImageSet, candidates: Mapping[str, ImageSet]) -> dict[str, Any]:

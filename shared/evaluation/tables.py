@@ -6,7 +6,11 @@ from typing import Any
 import numpy as np
 
 from shared.evaluation.measure import Measured
+from shared.metrics.physics import spectrum_ratio
 from shared.report import panels, rasterise
+
+FEW_PIXELS = 100  # in a bin of the noise curve, which is then left out
+UNLIKELY = 0.01  # a p value below it is one of another distribution
 
 
 def finite(tree: Any) -> Any:
@@ -28,14 +32,40 @@ def score_rows(metrics: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+SHOWN_AS = {
+    "kid": "KID × 1000", "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage",
+    "fd_infinity": "distance of infinitely many", "inception_score": "Inception score",
+}  # fmt: skip
+
+
+def distribution_rows(found: dict[str, Any]) -> list[list[str]]:
+    """The table of shared/metrics/distribution.py, header first."""
+    candidates = list(next(iter(next(iter(found.values()), {}).values()), {}))
+    rows = [["", "real", *candidates]]
+    for network, metrics in found.items():
+        for metric, scores in metrics.items():
+            digits = 2 if "interval" in next(iter(scores.values())) else 3
+            one = next(iter(scores.values()))
+            cells = [f"{one['floor']:.{digits}f} ± {one['floor_sd']:.{digits}f}"]
+            for score in scores.values():
+                cell = f"{score['value']:.{digits}f}"
+                if "interval" in score:
+                    cell += " ({:.2f} to {:.2f})".format(*score["interval"])
+                cells.append(cell)
+            rows.append([f"{SHOWN_AS[metric]}, {network.removeprefix('fd_')}", *cells])
+    return rows
+
+
 def physics_rows(scores: dict[str, Any]) -> list[list[str]]:
     """The table of quantities, header first: the distance between real sets, then distances with their ratio to it.
 
-    Where all real images have one value, such as the peak of images that were scaled to it, there is no ratio.
+    Where all real images have one value, such as the peak of images that were scaled to it, there is no ratio. A mark is on
+    those that are not distributed as in real images (Kolmogorov and Smirnov, Holm's correction, p below UNLIKELY).
     """
 
     def cell(score: dict[str, float]) -> str:
-        return f"{score['w1']:.2g}" + (f" (× {score['ratio']:.2f})" if score["floor"] else "")
+        ratio = f" (× {score['ratio']:.2f})" if score["floor"] else ""
+        return f"{score['w1']:.2g}{ratio}{' !' if score.get('p_holm', 1) < UNLIKELY else ''}"
 
     rows = [["quantity", "real", *scores]]
     for quantity, first in next(iter(scores.values())).items():
@@ -44,27 +74,55 @@ def physics_rows(scores: dict[str, Any]) -> list[list[str]]:
 
 
 def spectra(sets: dict[str, Measured]) -> Any:
-    """Azimuthal power spectra of sets of images, `real` among them, their ratio to it, and histograms of the pixels."""
-    figure, (power, ratio, histogram) = panels(3, width=4.4)
-    transform, real = sets["real"].transform, sets["real"].power.mean(0)
-    edges = sets["real"].edges - transform.pivot
+    """Azimuthal power spectra of sets of images, `real` among them, their ratio to it with its 95 % interval, the noise
+    against the signal, and histograms of the pixels."""
+    figure, (power, ratio, noise, histogram) = panels(4, width=4.0)
+    transform, real = sets["real"].transform, sets["real"]
+    edges = real.edges - transform.pivot
     for j, (name, one) in enumerate(sets.items()):
         style = {"color": "k"} if name == "real" else {"color": f"C{j - 1}", "ls": "--" if j == 1 else "-"}
-        mean = one.power.mean(0)
-        power.plot(one.k, mean, lw=1.3, label=name, **style)
-        if name != "real":
-            ratio.plot(one.k, mean / real, lw=1.3, label=f"{name} / real", **style)
+        power.plot(one.k, one.power.mean(0), lw=1.3, label=name, **style)
+        if name != "real" and min(len(one), len(real)) > 1:
+            found = spectrum_ratio(real.power, one.power)
+            ratio.plot(one.k, found.mean, lw=1.3, label=f"{name} / real", **style)
+            ratio.fill_between(one.k, found.mean_low, found.mean_high, color=style["color"], alpha=0.2, lw=0)
+        curve = one.noise
+        some = (curve.pixels > FEW_PIXELS) & (curve.signal > 0)
+        noise.plot(curve.signal[some], curve.variance[some], lw=1.3, label=name, **style)
         density = one.counts / max(one.counts.sum(), 1) / np.diff(edges)
         histogram.stairs(density, edges, label=name, color=style["color"])
     power.set(title="power spectrum", xlabel="k [cycles / pixel]", yscale="log")
     ratio.set(title="over real", xlabel="k [cycles / pixel]", ylim=(0.5, 1.5))
     ratio.axhline(1, color="k", lw=0.6)
+    noise.set(title="variance of the noise", xlabel="signal [the data's range]", xscale="log", yscale="log")
     histogram.set(title="pixel values", yscale="log")
     if transform.scale is not None:
         histogram.set_xscale("asinh", linear_width=transform.scale)
         histogram.set_xlabel(f"above the sky, {transform.pivot:.4g}")
-    for axis in (power, ratio, histogram):
+    for axis in (power, ratio, noise, histogram):
         axis.legend(fontsize=8)
+    return rasterise(figure)
+
+
+def histograms(sets: dict[str, dict[str, np.ndarray]], columns: int = 4) -> Any:
+    """Distributions of quantities {set: {quantity: (N,)}}, `real` among the sets: a row of panels, `columns` wide, a line
+    for each set."""
+    quantities = list(sets["real"])
+    figure, axes = panels(len(quantities), width=3.4, height=2.4, columns=columns)
+    for axis, quantity in zip(axes, quantities, strict=True):
+        both = np.concatenate([values[quantity] for values in sets.values()])
+        low, high = np.quantile(both, [0.002, 0.998])
+        whole = np.issubdtype(both.dtype, np.integer)
+        edges = np.arange(low - 0.5, high + 1) if whole else np.linspace(low, high if high > low else low + 1, 31)
+        for j, (name, values) in enumerate(sets.items()):
+            style = (
+                {"color": "k", "fill": True, "alpha": 0.15}
+                if name == "real"
+                else {"color": f"C{j - 1}", "ls": "--" if j == 1 else "-"}
+            )
+            axis.stairs(np.histogram(values[quantity], edges, density=True)[0], edges, label=name, lw=1.3, **style)
+        axis.set(xlabel=quantity.replace("_", " "), yticks=[])
+    axes[0].legend(fontsize=8)
     return rasterise(figure)
 
 
