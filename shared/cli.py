@@ -29,6 +29,7 @@ COMMANDS = {
         "stage2_diffusion.evaluate:main",
         "scores with their floors; also: python stage2_diffusion/evaluate.py",
     ),
+    "compare": ("shared.evaluation.compare:main", "several evaluations in one table, and quality against cost"),
     "sweep": ("stage2_diffusion.sweep:main", "scores, physics and lens fits against the number of evaluations"),
     "ablate": (
         "shared.ablate:main",

@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 import torch
-from matplotlib.rcsetup import cycler
 from PIL import Image, ImageDraw, PngImagePlugin
 from torch import Tensor
 
@@ -157,16 +156,21 @@ def gif(frames: Sequence[Image.Image], seconds: float = 0.4) -> bytes:
 
 # Okabe and Ito's colours, which people of all kinds of sight tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-DRAWN: Any = {"axes.prop_cycle": cycler(color=COLOURS)}
+
+
+def colour_of(j: int) -> str:
+    """The colour of the j-th line of a figure."""
+    return COLOURS[j % len(COLOURS)]
 
 
 def panels(count: int, width: float = 5.2, height: float = 3.2, columns: int | None = None) -> tuple[Any, list[Any]]:
     """A matplotlib figure with `count` axes, all side by side or in rows of `columns`, without pyplot's global state."""
     columns = min(columns or count, count)
     rows = -(-count // columns)
-    with matplotlib.rc_context(DRAWN):
-        figure = matplotlib.figure.Figure(figsize=(width * columns, height * rows), dpi=90, layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure = matplotlib.figure.Figure(figsize=(width * columns, height * rows), dpi=90, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_prop_cycle(color=COLOURS)
     for empty in axes[count:]:
         empty.set_axis_off()
     return figure, list(axes[:count])
@@ -174,8 +178,7 @@ def panels(count: int, width: float = 5.2, height: float = 3.2, columns: int | N
 
 def rasterise(figure: Any) -> Image.Image:
     buffer = io.BytesIO()
-    with matplotlib.rc_context(DRAWN):
-        figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png")
     return Image.open(buffer)
 
 
@@ -196,10 +199,10 @@ def loss_curves(runs: dict[str, Path]) -> Image.Image | None:
                     ms=4,
                     lw=1.2,
                     label=column,
-                    color="C2" if "psnr" in column else None,
+                    color=colour_of(2) if "psnr" in column else None,
                 )
                 if column.endswith("psnr"):
-                    target.set_ylabel("PSNR of held-out images [dB]", color="C2")
+                    target.set_ylabel("PSNR of held-out images [dB]", color=colour_of(2))
         axis.set(title=name, xlabel="step", yscale="log")
         axis.legend(fontsize=8)
     return rasterise(figure)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from shared.data.normalise import PixelTransform
 from shared.evaluation.tables import physics_rows, score_rows, spectra
-from shared.report import Report, colour, grid, loss_curves, panels, rasterise, sheet
+from shared.report import Report, colour, colour_of, grid, loss_curves, panels, rasterise, sheet
 
 SHOWN = 8  # images a row
 SIGMAS = 5.0  # the range of residuals
@@ -46,7 +46,7 @@ def draw(metrics: dict[str, Any], found: dict[str, Any]) -> dict[str, Image.Imag
 def noise_figure(noise: dict[str, Any]) -> Image.Image:
     """Variance against signal, its ratio to the law, and correlations of the residuals."""
     figure, (variance, ratio, correlation) = panels(3, width=4.4)
-    sets = {"residuals": ("residuals", "correlation", "C0"), "true noise": ("true", "true_correlation", "k")}
+    sets = {"residuals": ("residuals", "correlation", colour_of(0)), "true noise": ("true", "true_correlation", "k")}
     for name, (curve, pairs, style) in sets.items():
         if curve not in noise:
             continue
@@ -55,7 +55,7 @@ def noise_figure(noise: dict[str, Any]) -> Image.Image:
         variance.plot(c["signal"][few], c["variance"][few], "o-", ms=3, lw=1, color=style, label=name)
         ratio.plot(c["signal"][few], (c["variance"] / c["law"])[few], "o-", ms=3, lw=1, color=style, label=name)
         if name == "residuals":
-            variance.plot(c["signal"][few], c["law"][few], "--", color="C1", label="the law")
+            variance.plot(c["signal"][few], c["law"][few], "--", color=colour_of(1), label="the law")
         for where, marker in (("all", "o"), ("lit", "s")):
             for axis, line in (("x", "-"), ("y", ":")):
                 values = noise[pairs][where][axis]
@@ -64,7 +64,7 @@ def noise_figure(noise: dict[str, Any]) -> Image.Image:
                 correlation.plot(lags, np.asarray(values, float), marker + line, ms=3, lw=1, color=style, label=label)
     variance.set(title="variance of a pixel", xlabel="signal above the background", xscale="log", yscale="log")
     ratio.set(title="over the law", xlabel="signal above the background", xscale="log")
-    ratio.axhline(1, color="C1", ls="--", lw=1)
+    ratio.axhline(1, color=colour_of(1), ls="--", lw=1)
     correlation.set(title="correlation with neighbours", xlabel="pixels apart", xticks=lags)
     correlation.axhline(0, color="k", lw=0.6)
     for axes in (variance, ratio, correlation):

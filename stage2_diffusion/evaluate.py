@@ -45,8 +45,6 @@ from shared.evaluation.reference import (
 from shared.evaluation.tables import finite
 from shared.evaluation.verdict import summary
 from shared.files import make_folder, write_atomically
-from shared.flops import count as operations
-from shared.flops import flops
 from shared.report import Report, grid, loss_curves
 from stage2_diffusion.generator import Generator
 from stage2_diffusion.sample import (
@@ -94,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--{given[0]} is for a model, and {path} is none: leave it out")
     out = a.out or (path / "evaluation" if drawn else path.with_name(f"{path.stem}-evaluation"))
     kept = out / "measured"
-    about: dict[str, Any] = {"model": a.model}
+    about: dict[str, Any] = {"model": a.model, "reference": a.reference, "reference_fingerprint": reference.fingerprint}
     if drawn:
         if a.sample_range or a.key:
             raise UserError("--sample-range and --key are for files of samples that no model here has drawn")
@@ -125,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = judge.plan(a, reference, networks, count)
     make_folder(out)
     evaluation = judge.judge(plan, candidates, asked)
-    metrics = finite({**about, "reference": str(a.reference), **evaluation.metrics, "versions": versions()})
+    metrics = finite({**about, **evaluation.metrics, "versions": versions()})
     page = report(evaluation, metrics)
     if drawn:
         film(page, generator, asked, sampling)
@@ -212,8 +210,6 @@ def reconstructions(generator: Generator, reference: LensImages, places: np.ndar
 
 def cost(generator: Generator, asked: Mapping[str, np.ndarray], sampling: Mapping[str, Any]) -> dict[str, Any]:
     """GFLOP a lens, decoder included, and milliseconds a lens as they are drawn here, TIMED at once (median of REPEATS)."""
-    x_t = torch.zeros(1, *generator.autoencoder.latent_shape, device=generator.device)
-    evaluation = operations(generator.denoise(generator.condition(1)), x_t, torch.ones(1, device=x_t.device))
     guided = sampling["guidance"] not in (None, 1)  # at each step it is asked twice
     settings = {key: sampling[key] for key in (*SETTINGS, "times")}
     cond = {name: np.resize(values, TIMED) for name, values in asked.items()}
@@ -223,7 +219,7 @@ def cost(generator: Generator, asked: Mapping[str, np.ndarray], sampling: Mappin
         generator.images(range(TIMED), cond=cond, **settings, guidance=sampling["guidance"] if cond else None)
         seconds.append(time.perf_counter() - started)
     return {
-        "gflop": (1 + guided) * sampling["steps"] * evaluation + flops(generator.autoencoder)["decode"],
+        "gflop": generator.gflop((1 + guided) * sampling["steps"]),
         # A guide is another model, which is not timed here.
         "milliseconds": None if sampling.get("guide") else 1000 * float(np.median(seconds[1:])) / TIMED,
         "device": str(generator.device), "threads": torch.get_num_threads(),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared import flops
 from shared.autoencoder import Autoencoder
 from shared.checkpoint import build_autoencoder, fill, load
 from shared.errors import UserError
@@ -220,6 +221,12 @@ class Generator:
         if len({(schedule.name, schedule.shift) for schedule in schedules}) > 1:
             raise UserError("the guide was trained on another noise schedule (diffusion.schedule, diffusion.shift)")
         return guidance
+
+    def gflop(self, evaluations: int) -> float:
+        """GFLOP a lens of so many evaluations of the network, decoder included."""
+        x_t = torch.zeros(1, *self.autoencoder.latent_shape, device=self.device)
+        one = flops.count(self.denoise(self.condition(1)), x_t, torch.ones(1, device=x_t.device))
+        return evaluations * one + flops.flops(self.autoencoder)["decode"]
 
     def images(self, seeds: Iterable[int], **options: Any) -> Tensor:
         """All of `sample` at once, on the CPU: (N, C, H, W)."""

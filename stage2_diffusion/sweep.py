@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -30,11 +29,10 @@ from shared.evaluation.reference import add_options, check_reference, chosen_net
 from shared.evaluation.scores import compare
 from shared.evaluation.tables import finite
 from shared.files import make_folder, markdown, write_atomically
-from shared.flops import count, flops
 from shared.metrics import fid
 from shared.metrics.lens_fit import LensFitter
 from shared.registry import names
-from shared.report import panels, rasterise, save_picture
+from shared.report import colour_of, panels, rasterise, save_picture
 from stage2_diffusion.generator import Generator
 from stage2_diffusion.sample import add_model, draw, load_model, seed_range
 
@@ -117,9 +115,6 @@ class Scorer:
         self.reference, self.real = (self.measured(of_data(reference, part)) for part in (half, other))
         # What a conditional model is asked for, as in `evaluate`.
         self.asked = generator.conditions.of(reference, other)
-        x_t = torch.zeros(1, *generator.autoencoder.latent_shape, device=generator.device)
-        self.evaluation = count(generator.denoise(generator.condition(1)), x_t, torch.ones(1, device=x_t.device))
-        self.decoding = flops(generator.autoencoder)["decode"]
 
     def measured(self, images: ImageSet) -> Measured:
         return Measured.of(images, self.networks, self.transform)
@@ -131,7 +126,7 @@ class Scorer:
         scores = compare(self.reference, self.real, {"samples": self.measured(of_tensor(samples))})
         cell = {
             "sampler": sampler, "steps": steps,
-            "gflop": steps * self.evaluation + self.decoding, "milliseconds": 1000 * seconds / len(samples),
+            "gflop": self.generator.gflop(steps), "milliseconds": 1000 * seconds / len(samples),
             "distances": {metric: found["samples"] for metric, found in scores["distances"].items()},
             "physics": {quantity: score["ratio"] for quantity, score in scores["physics"]["samples"].items()},
         }  # fmt: skip
@@ -143,14 +138,17 @@ class Scorer:
 
 def table(cells: Sequence[Cell]) -> str:
     """Markdown, a row for each cell."""
-    metrics, quantities = cells[0]["distances"], cells[0]["physics"]
+    metrics = cells[0]["distances"]
     fitted = any("lenses" in cell for cell in cells)
-    header = ["sampler", "evaluations", "GFLOP", "ms", *(f"{metric}, excess" for metric in metrics), *quantities]
+    header = ["sampler", "evaluations", "GFLOP", "ms", *(f"{metric}, excess" for metric in metrics)]
+    header += ["physics over real", "furthest"]
     rows = [header + ["lenses", "chi² lit"] * fitted]
     for cell in cells:
         row = [cell["sampler"], str(cell["steps"]), f"{cell['gflop']:.2f}", f"{cell['milliseconds']:.1f}"]
         row += [f"{s['excess']:.2f} (floor {s['floor']:.2f} ± {s['floor_sd']:.2f})" for s in cell["distances"].values()]
-        row += ["–" if ratio is None else f"{ratio:.1f}" for ratio in cell["physics"].values()]
+        ratios = {name: math.inf if ratio is None else ratio for name, ratio in cell["physics"].items()}
+        furthest = max(ratios, key=lambda name: ratios[name])
+        row += [f"{typical(ratios.values()):.1f}", f"{furthest.replace('_', ' ')} {ratios[furthest]:.1f}"]
         if fitted:
             low, high = cell["lenses"]["interval"]
             row += [f"{cell['lenses']['share']:.0%} ({low:.0%} to {high:.0%})", f"{cell['lenses']['chi2_lit']:.2f}"]
@@ -165,7 +163,7 @@ def figure(cells: Sequence[Cell]) -> Image.Image:
     for j, sampler in enumerate(dict.fromkeys(cell["sampler"] for cell in cells)):
         own = sorted((cell for cell in cells if cell["sampler"] == sampler), key=lambda cell: cell["steps"])
         steps = [cell["steps"] for cell in own]
-        style = {"color": f"C{j}", "marker": "os^Dv<>P"[j % 8], "ms": 4, "lw": 1.2}
+        style = {"color": colour_of(j), "marker": "os^Dv<>P"[j % 8], "ms": 4, "lw": 1.2}
         for axis, metric in zip(axes, metrics, strict=False):
             axis.plot(steps, [cell["distances"][metric]["excess"] for cell in own], label=sampler, **style)
         axes[len(metrics)].plot(steps, [typical(cell["physics"].values()) for cell in own], label=sampler, **style)
@@ -188,7 +186,7 @@ def figure(cells: Sequence[Cell]) -> Image.Image:
 
 def typical(ratios: Iterable[float | None]) -> float:
     """The geometric mean of those that are finite."""
-    logs = [math.log(ratio) for ratio in ratios if ratio]
+    logs = [math.log(ratio) for ratio in ratios if ratio and math.isfinite(ratio)]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from shared.evaluation.measure import Measured
 from shared.metrics.physics import spectrum_ratio
-from shared.report import panels, rasterise
+from shared.report import colour_of, panels, rasterise
 
 FEW_PIXELS = 100  # in a bin of the noise curve, which is then left out
 UNLIKELY = 0.01  # a p value below it is one of another distribution
@@ -80,7 +80,7 @@ def spectra(sets: dict[str, Measured]) -> Any:
     transform, real = sets["real"].transform, sets["real"]
     edges = real.edges - transform.pivot
     for j, (name, one) in enumerate(sets.items()):
-        style = {"color": "k"} if name == "real" else {"color": f"C{j - 1}", "ls": "--" if j == 1 else "-"}
+        style = {"color": "k"} if name == "real" else {"color": colour_of(j - 1), "ls": "--" if j == 1 else "-"}
         power.plot(one.k, one.power.mean(0), lw=1.3, label=name, **style)
         if name != "real" and min(len(one), len(real)) > 1:
             found = spectrum_ratio(real.power, one.power)
@@ -113,12 +113,16 @@ def histograms(sets: dict[str, dict[str, np.ndarray]], columns: int = 4) -> Any:
         both = np.concatenate([values[quantity] for values in sets.values()])
         low, high = np.quantile(both, [0.002, 0.998])
         whole = np.issubdtype(both.dtype, np.integer)
-        edges = np.arange(low - 0.5, high + 1) if whole else np.linspace(low, high if high > low else low + 1, 31)
+        edges = (
+            np.arange(np.floor(low) - 0.5, np.ceil(high) + 1)
+            if whole
+            else np.linspace(low, high if high > low else low + 1, 31)
+        )
         for j, (name, values) in enumerate(sets.items()):
             style = (
                 {"color": "k", "fill": True, "alpha": 0.15}
                 if name == "real"
-                else {"color": f"C{j - 1}", "ls": "--" if j == 1 else "-"}
+                else {"color": colour_of(j - 1), "ls": "--" if j == 1 else "-"}
             )
             axis.stairs(np.histogram(values[quantity], edges, density=True)[0], edges, label=name, lw=1.3, **style)
         axis.set(xlabel=quantity.replace("_", " "), yticks=[])

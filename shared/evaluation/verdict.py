@@ -31,17 +31,21 @@ def _distance(metric: str, s: Mapping[str, Any]) -> tuple[bool, str]:
     return near, f"{metric}: {s['excess']:+.2f} over {floor} (n = {s['n']}), {word}"
 
 
-def _quantities(scores: Mapping[str, Mapping[str, Any]]) -> tuple[bool, str]:
+def off(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """How many times further off than between real sets, of the quantities where that is far and no accident; most first."""
     # A quantity that is constant in real images has no ratio: any difference is beyond all measure.
     ratios = {name: math.inf if s["ratio"] is None else s["ratio"] for name, s in scores.items()}
-    off = [name for name, s in scores.items() if ratios[name] > FAR and s["p_holm"] < tables.UNLIKELY]
-    if not off:
-        return True, f"all {len(ratios)} quantities measured on each image are distributed as in real images"
-    off.sort(key=lambda name: -ratios[name])
-    said = ", ".join(f"{name.replace('_', ' ')} {ratios[name]:.1f}" for name in off)
+    found = [name for name, s in scores.items() if ratios[name] > FAR and s["p_holm"] < tables.UNLIKELY]
+    return {name: ratios[name] for name in sorted(found, key=lambda name: -ratios[name])}
+
+
+def _quantities(scores: Mapping[str, Mapping[str, Any]]) -> tuple[bool, str]:
+    if not (found := off(scores)):
+        return True, f"all {len(scores)} quantities measured on each image are distributed as in real images"
+    said = ", ".join(f"{name.replace('_', ' ')} {ratio:.1f}" for name, ratio in found.items())
     return (
         False,
-        f"{len(off)} of {len(ratios)} quantities are further off than between real sets, by these times: {said}",
+        f"{len(found)} of {len(scores)} quantities are further off than between real sets, by these times: {said}",
     )
 
 
