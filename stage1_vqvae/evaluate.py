@@ -40,8 +40,7 @@ from shared.flops import flops
 from shared.metrics import fid
 from shared.precision import autocast, check_device, choose_device
 from shared.report import save_picture
-from shared.simulate.images import observe, render
-from shared.simulate.preset import Preset, draw_parameters
+from shared.simulate.again import Simulation
 from stage1_vqvae.noise import LIT, NoiseLaw
 from stage1_vqvae.quantizers import CodeUsage, Quantizer
 from stage1_vqvae.report import SHOWN, draw, quality_rows, report
@@ -93,47 +92,6 @@ def main(argv: list[str] | None = None) -> None:
     for rows in (score_rows(metrics), quality_rows(metrics)):
         print("\n".join(" ".join(f"{x:>20}" if k else f"{x:38}" for k, x in enumerate(row)) for row in rows), "\n")
     print(f"{out / 'metrics.json'}, {out / 'report.html'}")
-
-
-# --- the clean truth --------------------------------------------------------------------------------------------------
-
-
-class Simulation:
-    """Makes the images of a simulated data set again, with the clean ones beside them."""
-
-    def __init__(self, reference: LensImages) -> None:
-        """UserError, one line that says why, if the data set does not know how it was simulated."""
-        source = reference.index["source"]
-        if not isinstance(source, dict) or source.get("kind") != "simulation":
-            raise UserError("no clean truth: these images were not simulated by `lens-ldm simulate`")
-        try:
-            preset = dict(source["preset"])
-            if source.get("classes"):  # their order decides who is who
-                preset["classes"] = {name: preset["classes"][name] for name in source["classes"]}
-            self.preset, self.seed = Preset(**preset), int(source["seed"])
-            self.first = int(source.get("part", {}).get("start", 0))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"no clean truth: the preset of the simulation cannot be read ({reason})") from error
-        self.tolerance = 1e-3 * (reference.transform.high - reference.transform.low)
-
-    def __call__(self, indices: np.ndarray, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Places in the data set (n,), and the images there (n, C, H, W) -> their clean light, and other exposures of it.
-
-        UserError if an image is not what the simulation makes at its place: then its truth would be another lens's.
-        """
-        places = [int(i) + self.first for i in indices]
-        parameters = draw_parameters(self.preset, self.seed, places)
-        light, exposure = render(self.preset, parameters), parameters.get("exposure")
-        observed, clean = observe(self.preset, light, self.seed, places, exposure)
-        # Of one made on another device, the rounding of some photon counts may differ.
-        same = observed.shape == images.shape and (
-            ((observed - images).abs() > self.tolerance).flatten(1).double().mean(1) < 0.01
-        )
-        if not torch.as_tensor(same).all():
-            raise UserError("no clean truth: images are not those that the data set's simulation makes at their places")
-        again = observe(self.preset, light, self.seed ^ NOISE_SEEDS, places, exposure)[0]
-        return clean, again
 
 
 # --- sums over pixels -------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from shared.evaluation.protocols import Protocol
 from shared.evaluation.reference import halves
 from shared.metrics import fid
 from shared.metrics.lens_fit import LensFitter
+from shared.simulate.again import preset_of
 from shared.simulate.preset import Preset
 
 FITTED = 100  # images of each set, where their preset is known
@@ -63,7 +64,7 @@ def plan(options: argparse.Namespace, reference: LensImages, networks: list[fid.
     near, far = halves(reference, count)
     fits, fitter, of_kind = options.fit, None, np.ones(len(reference), bool)
     if fits is None:
-        fits = FITTED if options.preset is not None or lenses.simulated_with(reference) is not None else 0
+        fits = FITTED if options.preset is not None or preset_of(reference) is not None else 0
     if fits:
         try:
             fitter, of_kind = lenses.lens_fitter(options.preset, reference)

@@ -14,6 +14,7 @@ from shared.evaluation.measure import ImageSet, Measure, measure, source
 from shared.metrics import lens_fit, obedience, physics
 from shared.metrics.lens_fit import LensFits, LensFitter
 from shared.simulate import lens
+from shared.simulate.again import preset_of
 from shared.simulate.preset import AXES, Preset
 
 LOOSE = 5.0  # degrees: angles with larger errors of their fit are not compared
@@ -26,8 +27,7 @@ def lens_fitter(preset_name: str | None, reference: LensImages) -> tuple[LensFit
     preset_name  None: of the preset that the images were simulated with, or else DEFAULT
     UserError if there is no such preset, or if it makes images of another size.
     """
-    preset = simulated_with(reference) if preset_name is None else Preset.load(preset_name)
-    preset = preset or Preset.load(DEFAULT)
+    preset = (preset_of(reference) if preset_name is None else None) or Preset.load(preset_name or DEFAULT)
     made = (1, preset.pixels, preset.pixels)
     if reference.image_shape != made:
         raise UserError(f"--preset {preset.name} makes images {made}, {reference.path} has {reference.image_shape}")
@@ -36,19 +36,6 @@ def lens_fitter(preset_name: str | None, reference: LensImages) -> tuple[LensFit
     if kind in classes:
         of_kind = np.asarray(reference.index["labels"]) == classes.index(kind)
     return LensFitter(preset, kind=kind), of_kind
-
-
-def simulated_with(reference: LensImages) -> Preset | None:
-    """The preset of simulated images; None of others."""
-    about = reference.index["source"]
-    if not isinstance(about, dict) or about.get("kind") != "simulation":
-        return None
-    try:
-        return Preset(**about["preset"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{reference.path}: the preset of its simulation cannot be read; name one by --preset"
-        ) from error
 
 
 def fit_images(images: ImageSet, fitter: LensFitter, what: str = "lens fits") -> LensFits:

@@ -16,10 +16,11 @@ from shared.cli import main
 from shared.data.cache import CacheWriter, LensImages
 from shared.errors import UserError
 from shared.evaluation.reference import halves
+from shared.simulate.again import Simulation
 from shared.simulate.images import simulate
 from shared.simulate.preset import Preset
 from shared.simulate.run import simulate_to
-from stage1_vqvae.evaluate import Residuals, Simulation, Sums, code_use, generators
+from stage1_vqvae.evaluate import Residuals, Sums, code_use, generators
 from stage1_vqvae.noise import NoiseLaw
 from stage1_vqvae.quantizers import VQ, FiniteScalar
 from stage1_vqvae.report import quality_rows
