@@ -23,8 +23,9 @@ from shared.errors import UserError
 from shared.metrics import Readable, take
 from shared.metrics.two_sample import RESIDUAL
 
-# Of 150x150 lenses the grid of 25 found most of what it should: of 200 training images, given three times their noise or
-# decoded from their latents, 99 %. On finer grids noise hides copies, on coarser ones different lenses look alike.
+# Of 4,500 lenses of 150x150 pixels the grid of 25 found most of what it should: of 200 of them under three times their
+# noise, or decoded from their latents, 98 %. Finer ones lose copies in noise, coarser ones call different lenses alike: here
+# lenses whose nine parameters all differ by 2 % of their range are two (1 of 60 found), and by 0.5 % one (55 of 60).
 GRID = 25
 BATCH = 256
 FALSE_ALARMS = 0.001  # of test images, or none where they are fewer than a thousand
@@ -139,7 +140,8 @@ def memorisation(
     generated, train, test  (N, C, H, W) each, as a network sees them: of a high dynamic range, stretched
     places    {name: subgroup} in which training images are looked for, one answer each; by default `as it is` and
               `turned`, in all places that the shape of the image allows. Of a set with known symmetries give these
-    describe  images (n, C, H, W) -> (n, d); near in it means alike
+    describe  images (n, C, H, W) -> (n, d), where near means alike. Features of EfficientNet-Lite0 found none of 50 copies
+              under new noise, and 46 where the images were first averaged over 6x6 pixels; `blocks` found all
     known     (N, d) descriptions of "generated", "train", "test", where they are known already
     progress  called with the number of images of each batch when it is done; N of all three sets in total
 
@@ -178,12 +180,11 @@ def memorisation(
     elements = tuple(g for g in whole if any(g in named for named in places.values()))
 
     # The key of a set of images: what they are, and the one answer that they are planted for, or "" for all answers.
-    tell: Callable[[int], object] = progress or int
     told = {name: torch.from_numpy(np.asarray(rows, np.float32)) for name, rows in (known or {}).items()}
     rng = np.random.default_rng(seed)
     plants = _plants(train, min(max(PLANTED, math.ceil(0.01 * len(generated))), len(train)), places, rng)
     described = {
-        (name, ""): torch.cat(list(_described(sets[name], elements, describe, told.get(name), tell)), 1)
+        (name, ""): torch.cat(list(_described(sets[name], elements, describe, told.get(name), progress)), 1)
         for name in ("generated", "test")
     }
     described |= {key: torch.cat(list(_described(images, elements, describe)), 1) for key, images in plants.items()}
@@ -195,7 +196,7 @@ def memorisation(
     own = np.full(views.shape[1], -1)  # the place of each in the test set
     own[len(generated) : len(generated) + len(test)] = np.arange(len(test))
     to_test, which_test = _nearest(views, of_test.split(BATCH), own)
-    of_train = _described(train, ("identity",), describe, told.get("train"), tell)
+    of_train = _described(train, ("identity",), describe, told.get("train"), progress)
     to_train, which_train = _nearest(views, (part[0] - centre for part in of_train))
 
     answers = {}
@@ -250,7 +251,7 @@ def _described(
     elements: Sequence[str],
     describe: Describe,
     known: Tensor | None = None,
-    tell: Callable[[int], object] = int,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[Tensor]:
     """Descriptions (elements, n, d) of images in every place, batch by batch."""
     for start in range(0, len(images), BATCH):
@@ -260,7 +261,8 @@ def _described(
             pixels = take(images, batch)
             places |= {g: describe(apply(pixels, g).contiguous()).float() for g in asked}
         yield torch.stack([places[g] for g in elements])
-        tell(len(batch))
+        if progress:
+            progress(len(batch))
 
 
 def _nearest(views: Tensor, base: Iterable[Tensor], own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
