@@ -23,9 +23,9 @@ from shared.errors import UserError
 from shared.metrics import Readable, take
 from shared.metrics.two_sample import RESIDUAL
 
-# Of 4,500 lenses of 150x150 pixels the grid of 25 found most of what it should: of 200 of them under three times their
-# noise, or decoded from their latents, 98 %. Finer ones lose copies in noise, coarser ones call different lenses alike: here
-# lenses whose nine parameters all differ by 2 % of their range are two (1 of 60 found), and by 0.5 % one (55 of 60).
+# Of 4,500 lenses of 150x150 pixels the grid of 25 found most of what it should: 99 % of 200 of them under noise of three
+# times their variance, and of as many decoded from their latents. Finer ones lose copies in noise, coarser ones reconstructions.
+# Here lenses whose nine parameters all differ by 2 % of their range are two (1 of 60 found), and by 0.5 % one (55 of 60).
 GRID = 25
 BATCH = 256
 FALSE_ALARMS = 0.001  # of test images, or none where they are fewer than a thousand
