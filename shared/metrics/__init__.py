@@ -1,6 +1,7 @@
 """Metrics: arrays in, numbers out. Nothing here imports a model of ours."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,6 +10,31 @@ from torch import Tensor
 from shared.errors import UserError
 
 Images = Tensor | np.ndarray | Iterable[Tensor | np.ndarray]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Images that are read when they are asked for: Stored(len(split), lambda k: lens_images.batch(split[k])).
+
+    read  (n,) places from 0 to count - 1 -> (n, C, H, W)
+    """
+
+    count: int
+    read: Callable[[np.ndarray], Tensor]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, places: np.ndarray) -> Tensor:
+        return self.read(places)
+
+
+Readable = Tensor | np.ndarray | Stored  # (N, C, H, W), in any order
+
+
+def take(images: Readable, places: np.ndarray) -> Tensor:
+    """The images (len(places), C, H, W) float32 at these places. UserError as of `batches`."""
+    return next(batches(images[places], max(len(places), 1)))
 
 
 def batches(images: Images, batch_size: int) -> Iterator[Tensor]:

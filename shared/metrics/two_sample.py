@@ -161,12 +161,14 @@ def score(network: nn.Module, images: Tensor) -> Tensor:
 HALF = 0.5
 
 
-def auc_interval(auc: float, n_a: int, n_b: int) -> Interval:
-    """Interval of a cross-validated AUC: every value that it lies close enough to (Newcombe 2006, Stat. Med. 25, 559).
+def auc_interval(auc: float, n_a: int, n_b: int, counted: float = HALF) -> Interval:
+    """Interval of an AUC: every value that it lies close enough to (Newcombe 2006, Stat. Med. 25, 559).
+
+    counted  the share of the images that is: half where it is cross-validated, all where others have trained the network
 
     Variances by Hanley & McNeil 1982, Eq. 1, the larger of the two that they give as a and b change places.
     """
-    m, n = HALF * n_a, HALF * n_b
+    m, n = counted * n_a, counted * n_b
     z = stats.norm.ppf(0.5 + CONFIDENCE / 2)
 
     def excess(x: float) -> float:
