@@ -18,15 +18,14 @@ from shared.evaluation import lenses, protocols, scores
 from shared.evaluation.measure import ImageSet, Measured, of_data
 from shared.evaluation.protocols import Protocol
 from shared.evaluation.reference import halves
-from shared.metrics import fid
+from shared.metrics import fid, memorisation
 from shared.metrics.lens_fit import LensFitter
 from shared.simulate.again import preset_of
 from shared.simulate.preset import Preset
 
 FITTED = 100  # images of each set, where their preset is known
-SHOWN = 24
 CLASS = "class"
-PARTS = ("distributions", "two-sample", "memory")
+PARTS = ("distributions", "two-sample", "memory", "use")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +89,7 @@ class Evaluation:
     """
 
     metrics: dict[str, Any]
+    reference: LensImages
     sets: dict[str, ImageSet]
     measured: dict[str, Measured]
     lenses: dict[str, dict[str, np.ndarray]]
@@ -118,10 +118,18 @@ def judge(plan: Plan, candidates: Mapping[str, ImageSet], asked: Mapping[str, np
         metrics |= more
     if "two-sample" not in plan.skip and n >= scores.FEWEST:
         metrics["two_sample"] = scores.told_apart(plan.near, plan.far, candidates)
+    if "memory" not in plan.skip and len(plan.reference.split("test")) >= memorisation.FEWEST:
+        answers = scores.memory(plan.reference, candidates["samples"])
+        metrics["memory"] = {name: answer.to_dict() for name, answer in answers.items()}
+    if "use" not in plan.skip and CLASS in asked:
+        try:
+            metrics["use"] = scores.usefulness(plan.reference, plan.far_places, candidates["samples"], asked[CLASS])
+        except UserError as error:
+            print(f"use by a classifier is not measured: {error}")
     metrics["protocols"] = {
         one.name: scores.under_protocol(one, plan.reference, candidates, plan.networks) for one in plan.protocols
     }
-    return Evaluation(metrics, sets, measured, found)
+    return Evaluation(metrics, plan.reference, sets, measured, found)
 
 
 def fitted(

@@ -42,6 +42,9 @@ class ImageSet:
     def __len__(self) -> int:
         return self.n
 
+    def __getitem__(self, places: np.ndarray) -> Tensor:
+        return self.get(np.asarray(places))
+
     def first(self, count: int) -> Tensor:
         return self.get(np.arange(min(count, self.n)))
 

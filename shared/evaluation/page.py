@@ -1,10 +1,13 @@
 """The report of an evaluation: one file, the verdict first, then pictures, curves, tables with their floors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 
+from shared.data.symmetries import apply
 from shared.evaluation import tables
 from shared.evaluation.judge import Evaluation
 from shared.evaluation.verdict import verdict
@@ -83,6 +86,22 @@ def report(evaluation: Evaluation, metrics: Mapping[str, Any]) -> Report:
     page.picture(
         tables.histograms({name: one.summaries for name, one in shown.items()}), "histograms of the quantities"
     )
+    if found := metrics.get("memory"):
+        header, *rows = tables.memory_rows(found)
+        page.section(
+            "Memory",
+            "Training images looked for among the samples: a copy is nearer to one, over how near it is to test images, than "
+            "all but 0.1 % of test images are. Planted copies say what the search is worth. Below: the samples that are "
+            "nearest to a training image in either way, each above that image.",
+        ).table(header, rows)
+        for where, one in found.items():
+            page.picture(closest(evaluation, one["closest"]), f"closest training images, {where}")
+    if found := metrics.get("use"):
+        header, *rows = tables.use_rows(found)
+        page.section(
+            "Use", "A classifier of the classes that samples were asked to be, trained and tested on either. Where the ceiling, "
+            "real → real, is at chance (AUC 0.5), the others say nothing.",
+        ).table(header, rows)  # fmt: skip
     if rows := tables.fit_rows(metrics.get("lens_fits")):
         page.section(
             "Lens fits",
@@ -109,3 +128,13 @@ def worst(evaluation: Evaluation) -> tuple[np.ndarray, str]:
             apart = np.maximum(apart, np.abs(values - middle) / (high - low))
     places = np.sort(np.argsort(-apart)[:WORST])
     return places, "furthest from real ones in any one quantity"
+
+
+def closest(evaluation: Evaluation, pairs: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """The samples that are nearest to a training image, above that image, turned as it is there."""
+    transform, train = evaluation.reference.transform, evaluation.reference.split("train")
+    samples = evaluation.sets["samples"].get(np.array([pair["generated"] for pair in pairs]))
+    images = evaluation.reference.batch(train[[pair["train"] for pair in pairs]])
+    turned = [apply(image[None], pair["element"]) for image, pair in zip(images, pairs, strict=True)]
+    title = "distance to training over distance to test: " + ", ".join(f"{pair['ratio']:.2f}" for pair in pairs)
+    return grid(transform.unit(torch.cat([samples, *turned])), len(pairs), title=title)

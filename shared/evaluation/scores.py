@@ -1,18 +1,20 @@
 """What was measured of sets of images, compared with real ones: each score beside its floor."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from shared.data import symmetries
 from shared.data.cache import LensImages
 from shared.evaluation import protocols
-from shared.evaluation.measure import ImageSet, Measure, Measured, features_of, measure, source
+from shared.evaluation.measure import ImageSet, Measure, Measured, features_of, measure, of_data, source
 from shared.evaluation.protocols import Protocol
-from shared.metrics import distribution, fid, physics, two_sample
+from shared.metrics import distribution, fid, physics, two_sample, use
+from shared.metrics.memorisation import Memorisation, memorisation
 
 TOLD_APART, FEWEST = 500, 20  # images a side that the classifier learns from, at most and at least
 
@@ -73,6 +75,37 @@ def told_apart(reference: ImageSet, real: ImageSet, candidates: Mapping[str, Ima
         name: two_sample.classifier_two_sample(one.first(n), base).__dict__
         for name, one in {"real": real, **candidates}.items()
     }
+
+
+def memory(reference: LensImages, samples: ImageSet) -> dict[str, Memorisation]:
+    """Whether training images are among the samples: in the places that the data's symmetries allow, or as they are where
+    those are not known, and turned in all ways."""
+    known, whole = symmetries.allowed(reference), symmetries.group(*reference.image_shape[1:])
+    places = {"allowed" if known else "as it is": known or ("identity",), "turned": whole}
+    transform = reference.transform
+    sets = [samples, *(of_data(reference, reference.split(name)) for name in ("train", "test"))]
+    seen = [one.changed("seen", lambda images, _: transform.unit(images)) for one in sets]
+    with tqdm(total=sum(map(len, sets)), desc="copies", unit="image", disable=None, leave=False) as bar:
+        return memorisation(*seen, places=places, progress=bar.update)
+
+
+def usefulness(
+    reference: LensImages, far: np.ndarray, samples: ImageSet, kinds: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """What a classifier of the data's classes learns from samples (N,) that were asked to be of `kinds`, names, and how it
+    judges them: {training → test: Classifier}, real → real being the ceiling. `far`: places of test images."""
+    classes = list(reference.index["classes"])
+    labels = np.asarray(reference.index["labels"])
+    train = reference.split("train")
+    asked = np.array([classes.index(kind) for kind in kinds])
+    found = use.use(
+        (of_data(reference, train), labels[train]),
+        (of_data(reference, far), labels[far]),
+        (samples, asked),
+        classes,
+        elements=symmetries.allowed(reference) or ("identity",),
+    )
+    return {name: asdict(one) for name, one in found.items()}
 
 
 def under_protocol(

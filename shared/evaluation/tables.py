@@ -166,6 +166,31 @@ def told_apart_rows(two_sample: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def memory_rows(found: dict[str, Any]) -> list[list[str]]:
+    """The table of copies, header first."""
+    rows = [
+        ["training images", "copies", "by chance", "p", "nearest is of training", "by chance", "p", "planted and found"]
+    ]
+    for where, one in found.items():
+        planted = ", ".join(f"{kind} {k['found']} of {k['planted']}" for kind, k in one["planted"].items())
+        near = [f"{one['nearer']:.1%}", f"{one['nearer_expected']:.1%} ± {one['nearer_sd']:.1%}", f"{one['p']:.2g}"]
+        copies = [f"{one['copies']} of {one['n_generated']}", f"{one['expected']:.1f}", f"{one['p_copies']:.2g}"]
+        rows.append([where, *copies, *near, planted])
+    return rows
+
+
+def use_rows(found: dict[str, Any]) -> list[list[str]]:
+    """The table of classifiers, header first."""
+    rows = [["trained → tested", "AUC (95 %)", "right answers (95 %)", "trained on", "tested on"]]
+    for name, one in found.items():
+        cells = [
+            f"{one[k]:.2f} ({one[f'{k}_interval'][0]:.2f} to {one[f'{k}_interval'][1]:.2f})"
+            for k in ("auc", "accuracy")
+        ]
+        rows.append([name, *cells, str(one["n_train"]), str(one["n_test"])])
+    return rows
+
+
 def protocol_rows(found: dict[str, Any]) -> list[list[str]]:
     """The table of distances by published protocols, header first."""
     rows = [["protocol", "distance", "of", "value", "floor (real)", "excess", "n"]]

@@ -21,6 +21,16 @@ def verdict(metrics: Mapping[str, Any]) -> list[tuple[bool, str]]:
         auc, (low, high), of_real = told["samples"]["auc"], told["samples"]["auc_interval"], told["real"]["auc"]
         text = f"a classifier tells them from real images with an AUC of {auc:.2f} ({low:.2f} to {high:.2f})"
         lines.append((low <= 0.5, f"{text}, real images from others {of_real:.2f}; chance is 0.5"))
+    for where, found in metrics.get("memory", {}).items():
+        fine = not found["blind"] and min(found["p_copies"], found["p"]) > tables.UNLIKELY
+        lines.append((fine, f"training images {where} among the samples: {found['verdict']}"))
+    if found := metrics.get("use"):
+        ceiling, learnt = found["real → real"], found["generated → real"]
+        if ceiling["auc_interval"][0] > 0.5:
+            text = f"a classifier trained on them knows real classes with an AUC of {learnt['auc']:.2f}"
+            low, high = learnt["auc_interval"]
+            line = f"{text} ({low:.2f} to {high:.2f}), one trained on real images {ceiling['auc']:.2f}"
+            lines.append((high >= ceiling["auc"], line))
     return lines
 
 

@@ -1,7 +1,7 @@
 """Metrics: arrays in, numbers out. Nothing here imports a model of ours."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,24 +12,15 @@ from shared.errors import UserError
 Images = Tensor | np.ndarray | Iterable[Tensor | np.ndarray]
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Images that are read when they are asked for: Stored(len(split), lambda k: lens_images.batch(split[k])).
+class Readable(Protocol):
+    """Images (N, C, H, W) that are read when they are asked for: images[places (n,)] are (n, C, H, W).
 
-    read  (n,) places from 0 to count - 1 -> (n, C, H, W)
+    A tensor, an array or a memory map is one, too.
     """
 
-    count: int
-    read: Callable[[np.ndarray], Tensor]
+    def __len__(self) -> int: ...
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, places: np.ndarray) -> Tensor:
-        return self.read(places)
-
-
-Readable = Tensor | np.ndarray | Stored  # (N, C, H, W), in any order
+    def __getitem__(self, places: Any, /) -> Any: ...
 
 
 def take(images: Readable, places: np.ndarray) -> Tensor:

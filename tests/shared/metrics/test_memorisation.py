@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared.data.symmetries import ELEMENTS, apply
 from shared.errors import UserError
-from shared.metrics import Stored
+from shared.evaluation.measure import ImageSet
 from shared.metrics.memorisation import Memorisation, _copies, _nearest, _nearness, blocks, memorisation, noised
 
 SIDE, NOISE = 50, 0.02
@@ -103,7 +103,7 @@ def test_a_test_that_is_blind_says_so(train, test):
 def test_images_of_any_kind_and_known_descriptions_give_the_same(train, test):
     fake, done = lenses(30, 4), []
     whole = memorisation(fake, train, test)["turned"]
-    stored = Stored(300, lambda k: train[k])
+    stored = ImageSet("", 300, lambda k: train[k])
     first = memorisation(fake.numpy(), stored, test, progress=done.append)["turned"]
     again = memorisation(
         fake, train[:300].numpy(), test,

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from shared.errors import UserError
-from shared.metrics import Stored
+from shared.evaluation.measure import ImageSet
 from shared.metrics.two_sample import auc_interval
 from shared.metrics.use import Labelled, auc, use
 
@@ -34,7 +34,7 @@ def real() -> tuple[Labelled, Labelled]:
 
 def test_good_images_are_as_useful_as_real_ones(real):
     images, labels = shapes(150, 2)
-    stored = Stored(150, lambda k: images[k])
+    stored = ImageSet("", 150, lambda k: images[k])
     found = use(*real, (stored, labels), CLASSES, elements=("identity", "rot180"), **QUICK)
     assert list(found) == ["real → real", "generated → real", "real → generated"]
     assert [(f.n_train, f.n_test) for f in found.values()] == [(120, 90), (120, 90), (120, 150)]
