@@ -30,6 +30,10 @@ COMMANDS = {
         "scores with their floors; also: python stage2_diffusion/evaluate.py",
     ),
     "compare": ("shared.evaluation.compare:main", "several evaluations in one table, and quality against cost"),
+    "test-metrics": (
+        "shared.evaluation.damage:main",
+        "what each metric sees of damaged real images, and what it misses",
+    ),
     "sweep": ("stage2_diffusion.sweep:main", "scores, physics and lens fits against the number of evaluations"),
     "ablate": (
         "shared.ablate:main",

@@ -29,16 +29,21 @@ PARTS = ("distributions", "two-sample", "memory", "use")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is measured beside distances and physics, published protocols among it."""
+    add_parts(parser)
+    parser.add_argument(
+        "--protocol", nargs="+", default=[], metavar="NAME",
+        help=f"also as published numbers were taken: {', '.join(protocols.PROTOCOLS)}, all",
+    )  # fmt: skip
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
     """What is measured beside distances and physics."""
     parser.add_argument(
         "--fit", type=at_least(0), metavar="N",
         help=f"fit lens models to N images of each set, some 0.2 s each (default: {FITTED} where the preset is known)",
     )  # fmt: skip
     parser.add_argument("--preset", help="of those lens models (default: that of the simulation)")
-    parser.add_argument(
-        "--protocol", nargs="+", default=[], metavar="NAME",
-        help=f"also as published numbers were taken: {', '.join(protocols.PROTOCOLS)}, all",
-    )  # fmt: skip
     parser.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="leave out what takes long")
 
 

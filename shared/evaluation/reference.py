@@ -22,10 +22,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--count", type=positive, help=f"images a side (default: half the test split, at most {LARGEST})"
     )
+    add_networks(parser)
+    parser.add_argument("--out", type=Path, help="folder (default: evaluation/ beside the model)")
+
+
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    """By which networks."""
     parser.add_argument("--fid", action="store_true", help="also `fid` on Inception features; needs their weights")
     parser.add_argument("--inception-weights", type=Path, help="file of those weights; implies --fid")
     parser.add_argument("--download", action="store_true", help="fetch them once (91 MB); implies --fid")
-    parser.add_argument("--out", type=Path, help="folder (default: evaluation/ beside the model)")
 
 
 def chosen_networks(options: argparse.Namespace) -> list[fid.Network]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -69,19 +70,20 @@ def curves(real: Measured, candidates: Mapping[str, Measured]) -> dict[str, Any]
 def told_apart(reference: ImageSet, real: ImageSet, candidates: Mapping[str, ImageSet]) -> dict[str, Any]:
     """Whether a classifier can tell sets from `reference`: {set: {n_a, n_b, auc, auc_interval, ...}}, `real` among them, which
     it should not."""
+    return {name: asdict(_told_apart(one, reference)) for name, one in {"real": real, **candidates}.items()}
+
+
+@lru_cache(maxsize=4)  # of several judgements by the same real images
+def _told_apart(one: ImageSet, reference: ImageSet) -> two_sample.Classified:
     n = min(TOLD_APART, len(reference))
-    base = reference.first(n)
-    return {
-        name: two_sample.classifier_two_sample(one.first(n), base).__dict__
-        for name, one in {"real": real, **candidates}.items()
-    }
+    return two_sample.classifier_two_sample(one.first(n), reference.first(n))
 
 
 def memory(reference: LensImages, samples: ImageSet) -> dict[str, Memorisation]:
     """Whether training images are among the samples: in the places that the data's symmetries allow, or as they are where
     those are not known, and turned in all ways."""
     known, whole = symmetries.allowed(reference), symmetries.group(*reference.image_shape[1:])
-    places = {"allowed" if known else "as it is": known or ("identity",), "turned": whole}
+    places = {"as allowed" if known else "as they are": known or ("identity",), "turned": whole}
     transform = reference.transform
     sets = [samples, *(of_data(reference, reference.split(name)) for name in ("train", "test"))]
     seen = [one.changed("seen", lambda images, _: transform.unit(images)) for one in sets]
