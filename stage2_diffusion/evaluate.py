@@ -153,9 +153,9 @@ def samples_of(
     if options.samples:
         if given := [k for k in ("seed", "guide", *SETTINGS, *GUIDANCE) if getattr(options, k) is not None]:
             raise UserError(f"--{given[0]} says how to draw samples, and --samples brings them: give one of the two")
-        images, sampling, asked = read_samples(options.samples, len(other), generator)
-        key = f"samples {generator.config['sha256']} {json.dumps(sampling, sort_keys=True)} {sampling['first_seed']}"
-        return ImageSet(key, len(images), lambda places: images[torch.from_numpy(places)], kept), asked, sampling
+        sampling, asked = read_samples(options.samples, len(other), generator)
+        images = of_files(options.samples, reference, key="images")
+        return ImageSet(images.key, len(other), images.get, kept), asked, sampling
     asked = generator.conditions.of(reference, other)
     if missing := [name for name in generator.conditions.names if name not in asked]:
         print(f"{options.reference} knows no {', '.join(missing)}: the samples may have any", file=sys.stderr)
@@ -178,11 +178,11 @@ def samples_of(
     return ImageSet(key, len(seeds), get, kept), asked, about
 
 
-def read_samples(path: Path, count: int, generator: Generator) -> tuple[Tensor, dict[str, Any], dict[str, np.ndarray]]:
-    """The first `count` images of a samples.npz that this very model has drawn, how it drew them and what was asked for."""
+def read_samples(path: Path, count: int, generator: Generator) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """How this very model has drawn a samples.npz, and what the first `count` lenses in it were asked to be."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            images, metadata = file["images"], json.loads(str(file["metadata"]))
+            metadata, drawn = json.loads(str(file["metadata"])), len(file["seeds"])
             asked = {n: file[CONDITION + n][:count] for n in generator.conditions.names if CONDITION + n in file}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no samples.npz of `lens-ldm sample` ({error}): draw the samples again") from error
@@ -190,10 +190,9 @@ def read_samples(path: Path, count: int, generator: Generator) -> tuple[Tensor, 
         raise UserError(f"{path} was drawn from another model ({metadata.get('model')}): draw the samples again")
     if not metadata["observed"]:
         raise UserError(f"{path} holds clean images, which real ones are not: draw the samples without --clean")
-    if len(images) < count:
-        raise UserError(f"{path} holds {len(images)} samples, {count} are to be scored: draw more, or lower --count")
-    sampling = {k: metadata.get(k) for k in (*SETTINGS, *GUIDANCE, "guide", "times", "first_seed")}
-    return torch.from_numpy(images[:count]), sampling, asked
+    if drawn < count:
+        raise UserError(f"{path} holds {drawn} samples, {count} are to be scored: draw more, or lower --count")
+    return {k: metadata.get(k) for k in (*SETTINGS, *GUIDANCE, "guide", "times", "first_seed")}, asked
 
 
 def reconstructions(generator: Generator, reference: LensImages, places: np.ndarray, kept: Path) -> ImageSet:

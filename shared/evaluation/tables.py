@@ -87,14 +87,16 @@ def spectra(sets: dict[str, Measured]) -> Any:
             ratio.plot(one.k, found.mean, lw=1.3, label=f"{name} / real", **style)
             ratio.fill_between(one.k, found.mean_low, found.mean_high, color=style["color"], alpha=0.2, lw=0)
         curve = one.noise
-        some = (curve.pixels > FEW_PIXELS) & (curve.signal > 0)
+        some = (curve.pixels > FEW_PIXELS) & (curve.signal > 0) & (curve.variance > 0)
         noise.plot(curve.signal[some], curve.variance[some], lw=1.3, label=name, **style)
         density = one.counts / max(one.counts.sum(), 1) / np.diff(edges)
         histogram.stairs(density, edges, label=name, color=style["color"])
     power.set(title="power spectrum", xlabel="k [cycles / pixel]", yscale="log")
     ratio.set(title="over real", xlabel="k [cycles / pixel]", ylim=(0.5, 1.5))
     ratio.axhline(1, color="k", lw=0.6)
-    noise.set(title="variance of the noise", xlabel="signal [the data's range]", xscale="log", yscale="log")
+    noise.set(title="variance of the noise", xlabel="signal [the data's range]")
+    if np.concatenate([line.get_xdata() for line in noise.lines]).size:  # a logarithmic axis cannot be empty
+        noise.set(xscale="log", yscale="log")
     histogram.set(title="pixel values", yscale="log")
     if transform.scale is not None:
         histogram.set_xscale("asinh", linear_width=transform.scale)

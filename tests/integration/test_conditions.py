@@ -1,6 +1,7 @@
 """Lenses on request, from training to the command line: the network heeds what it is asked for, in whole and in part."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from shared.cli import main
 from shared.data.cache import CacheWriter
 from shared.errors import UserError
 from shared.metrics.obedience import obedience
+from shared.metrics.use import use
 from stage2_diffusion.generator import Generator
 
 pytestmark = pytest.mark.slow
@@ -227,8 +229,15 @@ def test_a_model_from_before_there_were_conditions_is_what_it_was(home: Path) ->
     assert torch.equal(Generator.from_pretrained(home / "plain", "cpu").images(range(2), steps=2), before)
 
 
-def test_a_conditional_model_is_scored_under_the_conditions_of_real_images(home: Path) -> None:
+def test_a_conditional_model_is_scored_under_the_conditions_of_real_images(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.metrics.use.use", partial(use, steps=20))
     main(["evaluate", str(home / "good"), "--reference", str(home / "data"), "--count", "30", "--device", "cpu"])
     metrics = json.loads((home / "good" / "evaluation" / "metrics.json").read_text())
     assert metrics["n"] == 30
     assert metrics["physics"]["samples"]["peak"]["ratio"] < 20
+    assert {name: one["n_test"] for name, one in metrics["use"].items()} == dict.fromkeys(
+        ("real → real", "generated → real", "real → generated"), 30
+    )
+    assert "trained → tested" in (home / "good" / "evaluation" / "report.html").read_text()
