@@ -11,7 +11,6 @@ import io
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy import stats
 
 from shared.cli import Parser, at_least, positive
@@ -19,11 +18,12 @@ from shared.data.cache import INDEX, LensImages
 from shared.data.formats import CONDITION
 from shared.data.sources import BrokenImage, Source
 from shared.errors import UserError
+from shared.evaluation.lenses import residuals
 from shared.files import write_atomically
 from shared.metrics.lens_fit import Coordinates, LensFits, LensFitter
 from shared.metrics.obedience import difference, spread
 from shared.metrics.two_sample import holm
-from shared.report import save_grid
+from shared.report import save_picture
 from shared.simulate.preset import Preset, draw_parameters
 
 PRIOR_DRAWS = 20_000
@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(csv_file, table(fits).encode())
-        draw(picture, images, fits)
+        worst = np.argsort(fits.chi2)[::-1][:SHOWN]
+        save_picture(picture, residuals(images, fits, worst))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
     print(summary(fits, fitter.preset, truth))
@@ -129,19 +130,6 @@ def table(fits: LensFits) -> str:
     for i in range(len(fits)):
         writer.writerow([i, *(f"{values[i]:.6g}" for values in columns.values())])
     return stream.getvalue()
-
-
-def draw(path: Path, images: np.ndarray, fits: LensFits) -> None:
-    """The worst fits: image, model, and residual over the noise of each pixel, from -5 to 5."""
-    worst = np.argsort(fits.chi2)[::-1][:SHOWN]
-    image, model = images[worst], fits.clean[worst]
-    low, high = image.min((1, 2, 3), keepdims=True), image.max((1, 2, 3), keepdims=True)
-    span = np.maximum(high - low, 1e-30)
-    sigma = np.sqrt([fits.variance(i) for i in worst])
-    rows = [(image - low) / span, (model - low) / span, (image - model) / np.maximum(sigma, 1e-30) / 10 + 0.5]
-    chi2 = ", ".join(f"{fits.chi2[i]:.2f}" for i in worst)
-    title = f"image, lens model, residual +-5 sigma; the worst chi2 per pixel: {chi2}"
-    save_grid(path, torch.from_numpy(np.concatenate(rows)).float(), columns=len(worst), title=title)
 
 
 def summary(fits: LensFits, preset: Preset, truth: dict[str, np.ndarray]) -> str:

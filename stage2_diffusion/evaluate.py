@@ -12,6 +12,7 @@ each image is kept in OUT/measured, and of real ones beside their data: a run th
 
 import argparse
 import json
+import shlex
 import sys
 import time
 import zipfile
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--key", metavar="NAME", help="which array of a file of samples with several")
     add_settings(parser)
+    argv = sys.argv[1:] if argv is None else argv
     a = parser.parse_args(argv)
 
     # Whatever can be wrong is found before the first minute of work.
@@ -92,7 +94,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--{given[0]} is for a model, and {path} is none: leave it out")
     out = a.out or (path / "evaluation" if drawn else path.with_name(f"{path.stem}-evaluation"))
     kept = out / "measured"
-    about: dict[str, Any] = {"model": a.model, "reference": a.reference, "reference_fingerprint": reference.fingerprint}
+    about: dict[str, Any] = {
+        "command": shlex.join(["lens-ldm", "evaluate", *argv]),
+        "model": a.model, "reference": a.reference, "reference_fingerprint": reference.fingerprint,
+    }  # fmt: skip
     if drawn:
         if a.sample_range or a.key:
             raise UserError("--sample-range and --key are for files of samples that no model here has drawn")

@@ -19,11 +19,12 @@ from shared.evaluation.measure import ImageSet, Measured, of_data
 from shared.evaluation.protocols import Protocol
 from shared.evaluation.reference import halves
 from shared.metrics import fid, memorisation
-from shared.metrics.lens_fit import LensFitter
+from shared.metrics.lens_fit import LensFits, LensFitter
 from shared.simulate.again import preset_of
 from shared.simulate.preset import Preset
 
 FITTED = 100  # images of each set, where their preset is known
+WORST = 8
 CLASS = "class"
 PARTS = ("distributions", "two-sample", "memory", "use")
 
@@ -91,6 +92,7 @@ class Evaluation:
     """Numbers, and the sets and what was measured of them, for pictures.
 
     lenses  {set: {parameter: (N,)}} of the lens fits, if there are any
+    worst   the samples that a lens model fits worst, and these fits
     """
 
     metrics: dict[str, Any]
@@ -98,6 +100,7 @@ class Evaluation:
     sets: dict[str, ImageSet]
     measured: dict[str, Measured]
     lenses: dict[str, dict[str, np.ndarray]]
+    worst: tuple[np.ndarray, LensFits] | None
 
 
 def judge(plan: Plan, candidates: Mapping[str, ImageSet], asked: Mapping[str, np.ndarray]) -> Evaluation:
@@ -117,10 +120,13 @@ def judge(plan: Plan, candidates: Mapping[str, ImageSet], asked: Mapping[str, np
     metrics = {"n": n, **transform.to_config(), **scores.compare(near, far, others), **scores.curves(far, others)}
     if "distributions" not in plan.skip:
         metrics["distributions"] = scores.distributions(near, far, others)
-    found: dict[str, dict[str, np.ndarray]] = {}
+    found: dict[str, LensFits] = {}
+    worst: tuple[np.ndarray, LensFits] | None = None
     if plan.fitter is not None:
-        more, found = fitted(plan, sets, asked)
+        more, found, places = fitted(plan, sets, asked)
         metrics |= more
+        lost = sets["samples"].get(places[np.argsort(-found["samples"].chi2)[:WORST]]).numpy()
+        worst = lost, plan.fitter.fit(lost)  # once more, for the models, which are not kept
     if "two-sample" not in plan.skip and n >= scores.FEWEST:
         metrics["two_sample"] = scores.told_apart(plan.near, plan.far, candidates)
     if "memory" not in plan.skip and len(plan.reference.split("test")) >= memorisation.FEWEST:
@@ -134,36 +140,36 @@ def judge(plan: Plan, candidates: Mapping[str, ImageSet], asked: Mapping[str, np
     metrics["protocols"] = {
         one.name: scores.under_protocol(one, plan.reference, candidates, plan.networks) for one in plan.protocols
     }
-    return Evaluation(metrics, plan.reference, sets, measured, found)
+    return Evaluation(
+        metrics, plan.reference, sets, measured, {name: one.parameters for name, one in found.items()}, worst
+    )
 
 
 def fitted(
     plan: Plan, sets: Mapping[str, ImageSet], asked: Mapping[str, np.ndarray]
-) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+) -> tuple[dict[str, Any], dict[str, LensFits], np.ndarray]:
     """{lens_fits: {set: shares, chi2 and how far parameters are from the truth}, population: {candidate: {parameter: ...}}},
-    and the parameters that were found, {set: {parameter: (N,)}}."""
+    the fits of each set but the reference, and which samples were fitted."""
     assert plan.fitter is not None
     known = plan.reference.index.get("parameters", {})
     truth = {name: np.array(column["values"], float)[plan.far_places] for name, column in known.items()}
-    near = halves(plan.reference, len(plan.near))[0]
-    ours = {
-        "reference": np.flatnonzero(plan.of_kind[near]),
-        "samples": fittable(plan.fitter.preset, asked, len(plan.near)),
-    }
+    near, far = (np.flatnonzero(plan.of_kind[places]) for places in halves(plan.reference, len(plan.near)))
+    ours = {"reference": near, "samples": fittable(plan.fitter.preset, asked, len(plan.near))}
     fits, found = {}, {}
     for name, images in sets.items():
-        places = ours.get(name, np.flatnonzero(plan.of_kind[plan.far_places]))[: plan.fits]
+        places = ours.get(name, far)[: plan.fits]
         fits[name] = lenses.fit_images(images.subset(places), plan.fitter, f"lens fits, {name}")
-        told = asked if name == "samples" else {} if name == "reference" else truth
+        told = {"reference": {}, "samples": asked}.get(name, truth)
         told = {key: values[places] for key, values in told.items() if key != CLASS}
         found[name] = {**lenses.lens_share(fits[name]), "parameters": lenses.told_and_found(fits[name], told)}
-    reference, real = fits.pop("reference"), fits.pop("real")
-    compared = {name: lenses.population(reference, real, one) for name, one in fits.items() if len(one) == len(real)}
+    reference, real = fits.pop("reference"), fits["real"]
     del found["reference"]
-    return {"lens_fits": found, "population": compared}, {
-        "real": real.parameters,
-        **{name: one.parameters for name, one in fits.items()},
+    compared = {
+        name: lenses.population(reference, real, one)
+        for name, one in fits.items()
+        if name != "real" and len(one) == len(real)
     }
+    return {"lens_fits": found, "population": compared}, fits, ours["samples"][: plan.fits]
 
 
 def fittable(preset: Preset, asked: Mapping[str, np.ndarray], n: int) -> np.ndarray:

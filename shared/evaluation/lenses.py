@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from shared.errors import UserError
 from shared.evaluation.measure import ImageSet, Measure, measure, source
 from shared.metrics import lens_fit, obedience, physics
 from shared.metrics.lens_fit import LensFits, LensFitter
+from shared.report import grid
 from shared.simulate import lens
 from shared.simulate.again import preset_of
 from shared.simulate.preset import AXES, Preset
@@ -76,3 +78,15 @@ def told_and_found(fits: LensFits, truth: Mapping[str, np.ndarray]) -> dict[str,
 def population(reference: LensFits, real: LensFits, candidate: LensFits) -> dict[str, dict[str, float]]:
     """How far the lenses of `candidate` are distributed from real ones: {parameter: {w1, floor, ratio, ...}}."""
     return physics.compare(reference.parameters, real.parameters, candidate.parameters, axes=AXES)
+
+
+def residuals(images: np.ndarray, fits: LensFits, places: np.ndarray) -> Image.Image:
+    """At these places of images (N, C, H, W): image, model, and residual over the noise of each pixel, from -5 to 5."""
+    image, model = images[places], fits.clean[places]
+    low, high = image.min((1, 2, 3), keepdims=True), image.max((1, 2, 3), keepdims=True)
+    span = np.maximum(high - low, 1e-30)
+    sigma = np.sqrt([fits.variance(i) for i in places])
+    rows = [(image - low) / span, (model - low) / span, (image - model) / np.maximum(sigma, 1e-30) / 10 + 0.5]
+    chi2 = ", ".join(f"{fits.chi2[i]:.2f}" for i in places)
+    title = f"image, lens model, residual +-5 sigma; the worst chi2 per pixel: {chi2}"
+    return grid(np.concatenate(rows), columns=len(places), title=title)

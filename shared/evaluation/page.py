@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from shared.data.symmetries import apply
-from shared.evaluation import tables
+from shared.evaluation import lenses, tables
 from shared.evaluation.judge import Evaluation
 from shared.evaluation.verdict import verdict
 from shared.report import Report, grid
@@ -111,6 +111,11 @@ def report(evaluation: Evaluation, metrics: Mapping[str, Any]) -> Report:
             "difference, share of the variance found.",
         ).table(rows[0], rows[1:])
         page.picture(tables.histograms(evaluation.lenses), "histograms of the fitted parameters")
+        if evaluation.worst is not None:
+            images, fits = evaluation.worst
+            page.picture(
+                lenses.residuals(images, fits, np.arange(len(fits))), "the samples that a lens model fits worst"
+            )
         header, *rows = tables.physics_rows(metrics["population"])
         page.section("", "How these lenses are distributed: Wasserstein-1 distance of each fitted parameter.").table(
             header, rows

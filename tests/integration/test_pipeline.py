@@ -68,7 +68,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_quickstart_makes_what_it_names(at_home: Path) -> None:
     out = at_home / "checkpoints" / "smoke"
     report = (out / "report.html").read_text()
-    assert report.count("<img") == 7
+    assert report.count("<img") == 12
     assert "://" not in report  # nothing is loaded from anywhere
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["n"] == 16
