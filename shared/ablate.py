@@ -146,7 +146,7 @@ def run(ablation: Ablation, cells: Sequence[str], results: Results) -> list[str]
     images = LensImages(ablation.data.path)
     check_count(images, ablation.data.path, ablation.evaluate.count)
     if ablation.evaluate.fit:  # images that its lens models cannot make are told now, not after the first training
-        script("stage1_vqvae.evaluate", "LensShare")("deeplense", images, ablation.evaluate.fit)
+        script("stage1_vqvae.evaluate", "LensShare")(None, images, ablation.evaluate.fit)
     make_folder(results.folder)
     plans = {cell: plan(ablation, cell, images) for cell in cells}
     for cell, planned in plans.items():

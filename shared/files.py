@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shared.errors import UserError
 
@@ -48,6 +50,20 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resumed(path: Path, about: Mapping[str, Any], key: str) -> Any:
+    """What a JSON file holds under `key`, or None if there is none. UserError if it was made of something else than `about`."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        found = content[key]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it, or choose another --out") from error
+    if changed := [name for name, value in about.items() if content.get(name) != value]:
+        raise UserError(f"{path} is of another {changed[0]}: choose another --out, or delete it")
+    return found
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

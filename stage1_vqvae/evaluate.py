@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--fit", type=positive, metavar="N", help="fit lens models to N reconstructions; 0.4 s each on a CPU"
     )
-    parser.add_argument("--preset", default="deeplense", help="of those lens models (default %(default)s)")
+    parser.add_argument("--preset", help="of those lens models (default: that of the simulation)")
     a = parser.parse_args(argv)
 
     # Whatever can be wrong is found before the first minute of work.
@@ -179,9 +179,9 @@ class LensShare:
     UserError if there is no such preset, or if it makes images of another size.
     """
 
-    def __init__(self, name: str, reference: LensImages, n: int) -> None:
+    def __init__(self, name: str | None, reference: LensImages, n: int) -> None:
         self.fitter, of_kind = lens_fitter(name, reference)
-        self.preset, self.n, self.places = name, n, np.flatnonzero(of_kind)
+        self.preset, self.n, self.places = self.fitter.preset.name, n, np.flatnonzero(of_kind)
         self.images: dict[str, list[Tensor]] = {}
 
     def add(self, indices: np.ndarray, **sets: Tensor) -> None:

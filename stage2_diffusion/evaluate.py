@@ -11,12 +11,15 @@ each image is kept in OUT/measured, and of real ones beside their data: a run th
 """
 
 import argparse
+import hashlib
 import json
+import platform
 import shlex
 import sys
 import time
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +36,20 @@ from shared.data.normalise import hint
 from shared.errors import UserError
 from shared.evaluation import judge
 from shared.evaluation.files import of_files
-from shared.evaluation.measure import BATCH, ImageSet, of_data
+from shared.evaluation.measure import BATCH, ImageSet, remembered, source
 from shared.evaluation.page import report
 from shared.evaluation.reference import (
+    LARGEST,
     NOISE_SEEDS,
     add_options,
     check_count,
     check_reference,
     chosen_networks,
-    halves,
 )
 from shared.evaluation.tables import finite
 from shared.evaluation.verdict import summary
 from shared.files import make_folder, write_atomically
+from shared.precision import check_device
 from shared.report import Report, grid, loss_curves
 from stage2_diffusion.generator import Generator
 from stage2_diffusion.sample import (
@@ -54,6 +58,7 @@ from stage2_diffusion.sample import (
     add_model,
     add_settings,
     chosen_settings,
+    join_negative,
     load_model,
     seed_range,
 )
@@ -80,19 +85,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--key", metavar="NAME", help="which array of a file of samples with several")
     add_settings(parser)
-    argv = sys.argv[1:] if argv is None else argv
+    argv = join_negative(sys.argv[1:] if argv is None else argv)
     a = parser.parse_args(argv)
 
     # Whatever can be wrong is found before the first minute of work.
     networks = chosen_networks(a)
     reference = LensImages(a.reference)
-    path = Path(a.model)
-    drawn = is_model(path)
-    if not drawn and (
-        given := [k for k in ("samples", "seed", "guide", *SETTINGS, *GUIDANCE) if getattr(a, k) is not None]
-    ):
-        raise UserError(f"--{given[0]} is for a model, and {path} is none: leave it out")
-    out = a.out or (path / "evaluation" if drawn else path.with_name(f"{path.stem}-evaluation"))
+    path = Path(a.model).resolve()
+    drawn = is_model(Path(a.model))
+    out = a.out or (Path(a.model) / "evaluation" if drawn else path.with_name(f"{path.name}-evaluation"))
     kept = out / "measured"
     about: dict[str, Any] = {
         "command": shlex.join(["lens-ldm", "evaluate", *argv]),
@@ -105,38 +106,47 @@ def main(argv: list[str] | None = None) -> None:
         count = check_reference(
             generator.autoencoder, reference, a.reference, a.count, generator.config["data"]["name"]
         )
-        other = halves(reference, count)[1]
-        samples, asked, sampling = samples_of(a, generator, reference, other, kept)
-        about |= {
-            "weights_sha256": generator.config["sha256"],
-            "sampling": sampling,
-            "cost": cost(generator, asked, sampling),
-        }
-        candidates = {"reconstructions": reconstructions(generator, reference, other, kept), "samples": samples}
+        plan = judge.plan(a, reference, networks, count)
+        samples, asked, sampling = samples_of(a, generator, reference, plan.far_places, kept)
+        about |= {"weights_sha256": generator.config["sha256"], "sampling": sampling}
+        candidates = {"reconstructions": reconstructions(generator, plan.far, kept), "samples": samples.stored()}
+        if generator.config.get("fingerprint", {}).get("data") != reference.fingerprint and "memory" not in plan.skip:
+            print(f"copies are not looked for: the model was not trained on {a.reference}", file=sys.stderr)
+            plan.skip.append("memory")
     else:
+        if given := [k for k in ("samples", "seed", "guide", *SETTINGS, *GUIDANCE) if getattr(a, k) is not None]:
+            raise UserError(f"--{given[0].replace('_', '-')} is for a model, and {path} is none: leave it out")
+        check_count(reference, a.reference, a.count)
         samples, asked = of_files(path, reference, a.sample_range, a.key), {}
         count = check_count(
-            reference, a.reference, a.count or min(len(samples), 2500, len(reference.split("test")) // 2)
+            reference, a.reference, a.count or min(len(samples), LARGEST, len(reference.split("test")) // 2)
         )
         if len(samples) < count:
             raise UserError(
                 f"{path} holds {len(samples)} samples, {count} are to be scored: bring more, or lower --count"
             )
-        candidates = {"samples": ImageSet(samples.key, count, samples.get, kept)}
+        plan = judge.plan(a, reference, networks, count)
+        # Files are often sorted, by class for one: any of them, and not the first.
+        chosen = np.random.default_rng(0).permutation(len(samples))[:count]
+        candidates = {"samples": replace(samples, kept=kept).subset(chosen)}
     if advice := hint(reference.transform, reference.index["statistics"]):
         print(f"warning: {advice}", file=sys.stderr)
-    plan = judge.plan(a, reference, networks, count)
     make_folder(out)
+    about["samples"] = candidates["samples"].key
     evaluation = judge.judge(plan, candidates, asked)
+    if drawn:
+        # Measured once and kept, like the rest.
+        about["cost"] = remembered(samples, f"cost on {machine()}", lambda: cost(generator, asked, sampling, a))
     metrics = finite({**about, **evaluation.metrics, "versions": versions()})
     page = report(evaluation, metrics)
     if drawn:
-        film(page, generator, asked, sampling)
+        film(page, generator, asked, sampling, a)
         about_training(page, path, generator.config)
     page.section("How it was made").listing(json.dumps(metrics, indent=1))
     page.write(out / "report.html")
     # Last, so that whoever finds it finds all of the rest.
     write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+    candidates["samples"].forget()
     print(summary(metrics))
     print(f"{out / 'metrics.json'}, {out / 'report.html'}")
 
@@ -159,28 +169,38 @@ def samples_of(
         if given := [k for k in ("seed", "guide", *SETTINGS, *GUIDANCE) if getattr(options, k) is not None]:
             raise UserError(f"--{given[0]} says how to draw samples, and --samples brings them: give one of the two")
         sampling, asked = read_samples(options.samples, len(other), generator)
-        images = of_files(options.samples, reference, key="images")
+        images = of_files(options.samples, reference, key="images", trusted=True)
         return ImageSet(images.key, len(other), images.get, kept), asked, sampling
     asked = generator.conditions.of(reference, other)
     if missing := [name for name in generator.conditions.names if name not in asked]:
         print(f"{options.reference} knows no {', '.join(missing)}: the samples may have any", file=sys.stderr)
-    guide = Generator.from_pretrained(options.guide, options.device, options.trust) if options.guide else None
+    guide = guide_of(options)
     sampling = chosen_settings(options, generator, guide, asked)
     seeds = np.asarray(seed_range(options.seed or 0, len(other)))
-    whose = "" if guide is None else guide.config["sha256"]
+    whose = "" if guide is None else made_by(guide)
     told = f"{reference.fingerprint} {other.tolist()}" if asked else ""
 
     def get(places: np.ndarray) -> Tensor:
         cond = {name: values[places] for name, values in asked.items()}
         return generator.images(seeds[places].tolist(), cond=cond, guide=guide, **sampling)
 
-    key = f"samples {generator.config['sha256']} {json.dumps(sampling, sort_keys=True)} {seeds[0]} {whose} {told}"
-    about = {
-        **sampling,
-        "first_seed": int(seeds[0]),
-        **({"guide": options.guide, "guide_sha256": whose} if guide else {}),
-    }
+    key = f"samples {made_by(generator)} {json.dumps(sampling, sort_keys=True)} {seeds[0]} {whose} {told}"
+    about = {**sampling, "first_seed": int(seeds[0]), **({"guide": options.guide} if guide else {})}
     return ImageSet(key, len(seeds), get, kept), asked, about
+
+
+def guide_of(options: argparse.Namespace) -> Generator | None:
+    if options.guide is None:
+        return None
+    return Generator.from_pretrained(options.guide, check_device(options.device), options.trust)
+
+
+def made_by(generator: Generator) -> str:
+    """What changes with whatever changes the images of a generator: its weights and configuration, the code, the device."""
+    config = json.dumps(generator.config, sort_keys=True, default=str)
+    decoder = sys.modules[type(generator.autoencoder).__module__.partition(".")[0]]
+    code = source(sys.modules[Generator.__module__.partition(".")[0]], decoder)
+    return f"{generator.config['sha256']} {hashlib.sha256(config.encode()).hexdigest()[:16]} {code} {generator.device.type}"
 
 
 def read_samples(path: Path, count: int, generator: Generator) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -200,44 +220,60 @@ def read_samples(path: Path, count: int, generator: Generator) -> tuple[dict[str
     return {k: metadata.get(k) for k in (*SETTINGS, *GUIDANCE, "guide", "times", "first_seed")}, asked
 
 
-def reconstructions(generator: Generator, reference: LensImages, places: np.ndarray, kept: Path) -> ImageSet:
+def reconstructions(generator: Generator, images: ImageSet, kept: Path) -> ImageSet:
     """These images through the autoencoder and back, with new pixel noise."""
-    images = of_data(reference, places)
 
     def get(chosen: np.ndarray) -> Tensor:
         parts = zip(images.get(chosen).split(BATCH), np.split(chosen, range(BATCH, len(chosen), BATCH)), strict=True)
         return torch.cat([generator.reconstruct(part, (NOISE_SEEDS + where).tolist()) for part, where in parts])
 
-    key = f"reconstructions {generator.config['sha256']} {NOISE_SEEDS} {images.key}"
-    return ImageSet(key, len(images), get, kept)
+    return ImageSet(f"reconstructions {made_by(generator)} {NOISE_SEEDS} {images.key}", len(images), get, kept)
 
 
-def cost(generator: Generator, asked: Mapping[str, np.ndarray], sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """GFLOP a lens, decoder included, and milliseconds a lens as they are drawn here, TIMED at once (median of REPEATS)."""
-    guided = sampling["guidance"] not in (None, 1)  # at each step it is asked twice
-    settings = {key: sampling[key] for key in (*SETTINGS, "times")}
-    cond = {name: np.resize(values, TIMED) for name, values in asked.items()}
-    seconds = []
+def machine() -> str:
+    return f"{platform.node()} {platform.processor()} {torch.get_num_threads()} {torch.__version__}"
+
+
+def options_of(
+    sampling: Mapping[str, Any], asked: Mapping[str, np.ndarray], count: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What `Generator.sample` is told for the first `count` of the samples."""
+    keys = (*SETTINGS, *GUIDANCE, "times")
+    cond = {name: np.resize(values, count) for name, values in asked.items()}
+    return {
+        **{key: sampling[key] for key in keys if sampling.get(key) is not None},
+        "cond": cond,
+        "guide": guide_of(options),
+    }
+
+
+def cost(
+    generator: Generator, asked: Mapping[str, np.ndarray], sampling: Mapping[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """GFLOP a lens, decoder and guide included, and milliseconds a lens, TIMED at once (median of REPEATS)."""
+    told, seconds = options_of(sampling, asked, TIMED, options), []
     for _ in range(REPEATS + 1):  # the first is to warm up
         started = time.perf_counter()
-        generator.images(range(TIMED), cond=cond, **settings, guidance=sampling["guidance"] if cond else None)
+        generator.images(range(TIMED), **told)
         seconds.append(time.perf_counter() - started)
+    one = options_of(sampling, asked, 1, options)
     return {
-        "gflop": generator.gflop((1 + guided) * sampling["steps"]),
-        # A guide is another model, which is not timed here.
-        "milliseconds": None if sampling.get("guide") else 1000 * float(np.median(seconds[1:])) / TIMED,
+        "gflop": generator.gflop(**one), "milliseconds": 1000 * float(np.median(seconds[1:])) / TIMED,
         "device": str(generator.device), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
-def film(page: Report, generator: Generator, asked: Mapping[str, np.ndarray], sampling: Mapping[str, Any]) -> None:
-    """How the first lenses come about: what the network takes each for, at every step."""
-    settings = {key: sampling[key] for key in (*SETTINGS, "times")}
-    cond = {name: values[:FILMED] for name, values in asked.items()}
-    first = sampling["first_seed"]
-    states = generator.trajectory(range(first, first + FILMED), cond=cond, **settings)
+def film(
+    page: Report,
+    generator: Generator,
+    asked: Mapping[str, np.ndarray],
+    sampling: Mapping[str, Any],
+    options: argparse.Namespace,
+) -> None:
+    """How the first lenses come about: what each is taken for at every step."""
+    first, transform = sampling["first_seed"], generator.autoencoder.transform
+    states = generator.trajectory(range(first, first + FILMED), **options_of(sampling, asked, FILMED, options))
     chosen = sorted({round(k) for k in np.linspace(0, len(states) - 1, FRAMES)})
-    transform = generator.autoencoder.transform
     title = "evaluation {} of {}: what each will be, without pixel noise"
     frames = [grid(transform.unit(states[k]), FILMED, title=title.format(k + 1, len(states))) for k in chosen]
     page.section("How lenses come about").film(frames, "the denoising of the first samples")

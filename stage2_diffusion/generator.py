@@ -5,7 +5,7 @@ for seeds, images in generator.sample(range(64)):
     ...
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ class Generator:
         observed: bool = True,
         latents: bool = False,
         batch_size: int = 64,
+        watch: Callable[[Tensor], object] | None = None,
         **options: Any,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield (seeds, images (N, C, H, W) in the data's units) batch by batch.
@@ -140,6 +141,7 @@ class Generator:
                   model says when nothing is asked for, see stage2_diffusion/guidance.py; the interval likewise
         observed  False: the clean light, without pixel noise
         latents   True: yield the latents, not decoded
+        watch     is told what x_0 (n, c, h, w) is taken to be at every evaluation, guided
         options   of the sampler
         """
         how = self.settings(sampler, steps, shift, eta, times)
@@ -166,6 +168,8 @@ class Generator:
                 nothing = self.condition(len(chunk))
                 assert nothing is not None
                 denoise = classifier_free(self._denoise, self.denoiser.schedule, told, nothing, weight, interval)
+            if watch is not None:
+                denoise = _watched(denoise, watch)
             with autocast(self.device, self.precision):
                 noise = SeededNoise(chunk, self.device, stream=LATENT_NOISE)
                 x_0 = run(denoise, self.denoiser.schedule, noise, self.autoencoder.latent_shape, steps, **options)
@@ -179,12 +183,8 @@ class Generator:
         options  of `sample`
         """
         estimates: list[Tensor] = []
-        handle = self.denoiser.register_forward_hook(lambda module, inputs, output: estimates.append(output))
-        try:
-            for _ in self.sample(seeds, cond, batch_size=len(seeds), latents=True, **options):
-                pass
-        finally:
-            handle.remove()
+        for _ in self.sample(seeds, cond, batch_size=len(seeds), latents=True, watch=estimates.append, **options):
+            pass
         with torch.no_grad(), autocast(self.device, self.precision):
             return [self.autoencoder.decode(x_0, observed=False).float().cpu() for x_0 in estimates]
 
@@ -222,11 +222,9 @@ class Generator:
             raise UserError("the guide was trained on another noise schedule (diffusion.schedule, diffusion.shift)")
         return guidance
 
-    def gflop(self, evaluations: int) -> float:
-        """GFLOP a lens of so many evaluations of the network, decoder included."""
-        x_t = torch.zeros(1, *self.autoencoder.latent_shape, device=self.device)
-        one = flops.count(self.denoise(self.condition(1)), x_t, torch.ones(1, device=x_t.device))
-        return evaluations * one + flops.flops(self.autoencoder)["decode"]
+    def gflop(self, **options: Any) -> float:
+        """GFLOP of one lens, drawn with these options of `sample`: the network as often as it is asked, guide and decoder."""
+        return flops.count(lambda: self.images([0], **options))
 
     def images(self, seeds: Iterable[int], **options: Any) -> Tensor:
         """All of `sample` at once, on the CPU: (N, C, H, W)."""
@@ -239,6 +237,15 @@ class Generator:
         with autocast(self.device, self.precision):
             latents = self.autoencoder.encode(images.to(self.device).contiguous(memory_format=torch.channels_last))
             return self.autoencoder.decode(latents, observed=observed, generator=generators).float().cpu()
+
+
+def _watched(denoise: Denoise, watch: Callable[[Tensor], object]) -> Denoise:
+    def watched(x_t: Tensor, t: Tensor) -> Tensor:
+        x_0 = denoise(x_t, t)
+        watch(x_0)
+        return x_0
+
+    return watched
 
 
 def build_denoiser(

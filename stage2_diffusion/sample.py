@@ -49,7 +49,7 @@ SEEDS = 2**32  # what torch's CPU generator tells apart
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = _joined(sys.argv[1:] if argv is None else argv)
+    argv = join_negative(sys.argv[1:] if argv is None else argv)
     conditions = conditions_of_command(argv)
     a, unknown = build_parser(conditions).parse_known_args(argv)
     assert conditions is not None  # or else the parser had something to say
@@ -145,7 +145,7 @@ def conditions_of_command(argv: list[str]) -> Conditions | None:
     return Conditions.from_config(read_config(a.model, "diffusion").get("conditions", {}))
 
 
-def _joined(argv: list[str]) -> list[str]:
+def join_negative(argv: list[str]) -> list[str]:
     """--x-s -0.3:0.3 as --x-s=-0.3:0.3: argparse would take the range for one more option."""
     joined: list[str] = []
     for token in argv:

@@ -21,14 +21,13 @@ from tqdm import tqdm
 
 from shared.cli import Parser, above_zero, guard, positive
 from shared.data.cache import LensImages
-from shared.errors import UserError
 from shared.evaluation.judge import fittable
 from shared.evaluation.lenses import lens_fitter, lens_share
 from shared.evaluation.measure import ImageSet, Measured, of_data, of_tensor
 from shared.evaluation.reference import add_options, check_reference, chosen_networks, halves
 from shared.evaluation.scores import compare
 from shared.evaluation.tables import finite
-from shared.files import make_folder, markdown, write_atomically
+from shared.files import make_folder, markdown, resumed, write_atomically
 from shared.metrics import fid
 from shared.metrics.lens_fit import LensFitter
 from shared.registry import names
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         "--shift", type=above_zero, help="of the grid of times (default: the model's, or its fitted grid)"
     )
     parser.add_argument("--fit", type=positive, metavar="N", help="also fit lens models to N samples of each cell")
-    parser.add_argument("--preset", default="deeplense", help="of the simulator, for --fit (default %(default)s)")
+    parser.add_argument("--preset", help="of the simulator, for --fit (default: that of the simulation)")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample (default %(default)s)")
     a = parser.parse_args(argv)
     networks = chosen_networks(a)
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     fitter = lens_fitter(a.preset, reference)[0] if a.fit else None
     about = {
         "model": generator.config["sha256"], "grids": generator.defaults["grids"], "reference": reference.fingerprint,
-        "n": n, "seed": a.seed, "shift": a.shift, "fit": [a.preset, a.fit] if a.fit else None,
+        "n": n, "seed": a.seed, "shift": a.shift, "fit": [fitter.preset.name, a.fit] if fitter else None,
         "networks": [network.metric for network in networks],
     }  # fmt: skip
     out = a.out or Path(a.model) / "sweep"
@@ -85,16 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def read(path: Path, about: dict[str, Any]) -> dict[tuple[str, int], Cell]:
     """The finished cells of a sweep of this model and these images. UserError if the file is of another."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-        cells = {(cell["sampler"], cell["steps"]): cell for cell in found["cells"]}
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it, or choose another --out") from error
-    if changed := [key for key, value in about.items() if found.get(key) != value]:
-        raise UserError(f"{path} is of another {changed[0]}: choose another --out, or delete it")
-    return cells
+    return {(cell["sampler"], cell["steps"]): cell for cell in resumed(path, about, "cells") or []}
 
 
 class Scorer:
@@ -123,10 +113,12 @@ class Scorer:
         started = time.perf_counter()
         samples = draw(self.generator, self.seeds, cond=self.asked, sampler=sampler, steps=steps, shift=shift)
         seconds = time.perf_counter() - started
+        first = {name: values[:1] for name, values in self.asked.items()}
+        gflop = self.generator.gflop(sampler=sampler, steps=steps, shift=shift, cond=first)
         scores = compare(self.reference, self.real, {"samples": self.measured(of_tensor(samples))})
         cell = {
             "sampler": sampler, "steps": steps,
-            "gflop": self.generator.gflop(steps), "milliseconds": 1000 * seconds / len(samples),
+            "gflop": gflop, "milliseconds": 1000 * seconds / len(samples),
             "distances": {metric: found["samples"] for metric, found in scores["distances"].items()},
             "physics": {quantity: score["ratio"] for quantity, score in scores["physics"]["samples"].items()},
         }  # fmt: skip

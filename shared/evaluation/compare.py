@@ -67,6 +67,7 @@ def require_comparable(found: Sequence[Metrics], runs: Sequence[str]) -> None:
         ("reference", lambda metrics: metrics["reference_fingerprint"]),
         ("number of images", lambda metrics: metrics["n"]),
         ("networks", lambda metrics: sorted(metrics["distances"])),
+        ("lens model", lambda metrics: metrics.get("lens_preset", {}).get("name", "none")),
     ):
         for run, metrics in zip(runs, found, strict=True):
             if of(metrics) != of(found[0]):

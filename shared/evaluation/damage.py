@@ -8,6 +8,7 @@ that is stopped goes on there. The damages to noise need images of `lens-ldm sim
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,19 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from tqdm import tqdm
 
+from shared import evaluation, metrics
 from shared.cli import Parser, positive
 from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation import judge, tables
-from shared.evaluation.measure import ImageSet, of_data
-from shared.evaluation.reference import LARGEST, add_networks, chosen_networks, halves
-from shared.evaluation.verdict import off
-from shared.files import make_folder, markdown, write_atomically
+from shared.evaluation.measure import ImageSet, of_data, source
+from shared.evaluation.reference import LARGEST, add_networks, chosen_networks, halves, shuffled
+from shared.evaluation.verdict import LEVEL, SMOOTH, agreeing, fewer, off, stands_out
+from shared.files import make_folder, markdown, resumed, write_atomically
 from shared.metrics.physics import summaries
 from shared.simulate.again import Simulation
 
-Damage = Callable[[Tensor, np.ndarray], Tensor]  # images (n, C, H, W) and their places in the data -> the same, damaged
-NOTICED = 3.0  # standard deviations of the floor
+Damage = Callable[[Tensor, np.ndarray], Tensor]  # images (n, C, H, W) and their places in the set -> the same, damaged
 REPEATED = 32
 KEPT = 0.7  # share of the ring radii that a dropped mode leaves
 
@@ -57,9 +58,12 @@ def main(argv: list[str] | None = None) -> None:
     sets = damaged(reference, count)
     out = a.out or Path(f"damage-{reference.name}")
     make_folder(out)
-    about = {"reference": reference.fingerprint, "n": count, "fit": plan.fits, "skip": sorted(plan.skip),
-             "networks": [network.metric for network in networks]}  # fmt: skip
-    found = read(out / "damage.json", about)
+    about = {
+        "reference": reference.fingerprint, "n": count, "fit": plan.fits, "skip": sorted(plan.skip),
+        "preset": plan.fitter.preset.name if plan.fitter else None, "networks": [network.metric for network in networks],
+        "code": source(metrics, evaluation),
+    }  # fmt: skip
+    found = resumed(out / "damage.json", about, "sets") or {}
     for name, images in tqdm(sets.items(), desc="sets", unit="set", disable=None):
         if name not in found:
             found[name] = tables.finite(judge.judge(plan, {"samples": images}, {}).metrics)
@@ -70,39 +74,25 @@ def main(argv: list[str] | None = None) -> None:
     print(f"n = {count}; **bold**: seen. {out / 'damage.md'}, {out / 'damage.json'}")
 
 
-def read(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The sets that were judged already. UserError if the file is of other data."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-        found = dict(content["sets"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it, or choose another --out") from error
-    if changed := [key for key, value in about.items() if content.get(key) != value]:
-        raise UserError(f"{path} is of another {changed[0]}: choose another --out, or delete it")
-    return found
-
-
 # --- damages ----------------------------------------------------------------------------------------------------------
 
 
 def damaged(reference: LensImages, n: int) -> dict[str, ImageSet]:
     """{damage: n images}: of the test split what `halves` leaves, so that none of them is the reference or the floor."""
-    rest = np.random.default_rng(0).permutation(reference.split("test"))[2 * n :]
-    base = np.sort(rest[:n])
+    rest = shuffled(reference)[2 * n :]
+    base = rest[:n]
     images = of_data(reference, base)
-    low = reference.value_range[0]
+    low, code = reference.value_range[0], source(sys.modules[__name__])
 
     def changed(how: str, damage: Damage) -> ImageSet:
-        return images.changed(how, lambda x, places: damage(x, base[places]))
+        return images.changed(f"{how} {code}", damage)
 
     def diverged(x: Tensor, places: np.ndarray) -> Tensor:
         strength = torch.from_numpy(1.0 + (places % 10 == 0)).float()
         return low + (x - low) * strength[:, None, None, None]
 
     def other_half(x: Tensor, places: np.ndarray) -> Tensor:
-        partners = reference.batch(np.roll(base, 1)[np.searchsorted(base, places)])
+        partners = reference.batch(np.roll(base, 1)[places])
         return torch.cat([x[..., : x.shape[-1] // 2], partners[..., x.shape[-1] // 2 :]], -1)
 
     def mirrored(x: Tensor, _: np.ndarray) -> Tensor:
@@ -120,7 +110,7 @@ def damaged(reference: LensImages, n: int) -> dict[str, ImageSet]:
         "10 % diverged": changed("diverged", diverged),
         "halves of two lenses": changed("halves", other_half),
         "mirrored halves": changed("mirrored", mirrored),
-        f"{REPEATED} images repeated": images.subset(np.sort(np.arange(n) % REPEATED)),
+        f"{REPEATED} images repeated": images.subset(np.arange(n) % REPEATED),
         "a tenth copied from training": copied(images, of_data(reference, train)),
     }
     if (rings := without_large_rings(reference, n, rest)) is not None:
@@ -134,7 +124,7 @@ def damaged(reference: LensImages, n: int) -> dict[str, ImageSet]:
 
     def noise(factor: float) -> Damage:
         def change(x: Tensor, places: np.ndarray) -> Tensor:
-            clean = simulation(places, x)[0]
+            clean = simulation(base[places], x)[0]
             return clean + factor * (x - clean)
 
         return change
@@ -167,12 +157,12 @@ def copied(images: ImageSet, train: ImageSet) -> ImageSet:
             x[torch.from_numpy(copies)] = train.get(places[copies] % len(train))
         return x
 
-    return images.changed(f"with copies of {train.key}", change)
+    return images.changed(f"with copies of {train.key}, {source(sys.modules[__name__])}", change)
 
 
 def without_large_rings(reference: LensImages, n: int, rest: np.ndarray) -> ImageSet | None:
     """Real images whose ring radius is not among the largest; None if there are too few."""
-    pool = np.sort(np.concatenate([rest, reference.split("validation")]))
+    pool = np.concatenate([rest, reference.split("validation")])
     radii = np.concatenate(
         [summaries(batch, reference.value_range)["ring_radius"] for batch in reference.batches(pool)]
     )
@@ -199,23 +189,22 @@ def cells(metrics: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
     found = {}
     for metric, scores in metrics["distances"].items():
         s = scores["samples"]
-        found[f"{metric}, excess"] = (f"{s['excess']:.2f}", abs(s["excess"]) > NOTICED * s["floor_sd"])
+        found[f"{metric}, excess"] = (f"{s['excess']:.2f}", stands_out(s))
     for network, several in metrics.get("distributions", {}).items():
         for metric, scores in several.items():
             s = scores["samples"]
             name = f"{tables.SHOWN_AS[metric]}, {network.removeprefix('fd_')}"
             step = 0 if "interval" in s else 1 / s["n"]  # shares come in steps, and few splits may all have one
-            found[name] = (f"{s['value']:.2f}", abs(s["excess"]) > NOTICED * max(s["floor_sd"], step))
-    spectrum = metrics["spectrum"]["samples"]
-    inside = np.mean(np.greater_equal(1, spectrum["mean_low"]) & np.less_equal(1, spectrum["mean_high"]))
-    found["power spectrum, share of k as in real"] = (f"{inside:.0%}", bool(inside < 0.75))
+            found[name] = (f"{s['value']:.2f}", stands_out(s, step))
+    agree = agreeing(metrics["spectrum"]["samples"])
+    found["power spectrum, share of k as in real"] = (f"{agree:.0%}", agree < 1 - SMOOTH)
     noticed = off(metrics["physics"]["samples"])
     for quantity, s in metrics["physics"]["samples"].items():
         ratio = "∞" if s["ratio"] is None else f"{s['ratio']:.1f}"
         found[f"{quantity.replace('_', ' ')}, W1 over real"] = (ratio, quantity in noticed)
     if fits := metrics.get("lens_fits"):
         share, real = fits["samples"], fits["real"]
-        found["lenses at the noise level"] = (f"{share['share']:.0%}", share["interval"][1] < real["interval"][0])
+        found["lenses at the noise level"] = (f"{share['share']:.0%}", fewer(share, real))
         populations = off(metrics["population"]["samples"])
         worst = max((s["ratio"] or 0 for s in metrics["population"]["samples"].values()), default=0)
         found["fitted parameters, worst W1 over real"] = (f"{worst:.1f}", bool(populations))
@@ -223,6 +212,5 @@ def cells(metrics: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
         s = told["samples"]
         found["told apart, AUC"] = (f"{s['auc']:.2f}", s["auc_interval"][0] > 0.5)
     for where, one in metrics.get("memory", {}).items():
-        noticed_copies = min(one["p_copies"], one["p"]) < tables.UNLIKELY
-        found[f"copies, {where}"] = (f"{one['copies']}", noticed_copies)
+        found[f"copies, {where}"] = (f"{one['copies']}", min(one["p_copies"], one["p"]) < LEVEL / 2)
     return found

@@ -1,10 +1,11 @@
 """The whole judgement of samples: every metric beside what real images get by it, a verdict, a page.
 
-`plan` finds whatever can be wrong before anything is measured, `judge` measures and compares, `report` shows it.
+`plan` finds whatever can be wrong before anything is measured, `judge` measures and compares.
 """
 
 import argparse
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,11 @@ def plan(options: argparse.Namespace, reference: LensImages, networks: list[fid.
             print(f"no lens fits: {error}")
             fits = 0
     if fits and min(of_kind[near].sum(), of_kind[far].sum()) < 2:
-        raise UserError(f"--fit: too few of the images are of the first class of preset {options.preset}")
+        few = f"fewer than two images in a half are of the first class of preset {fitter.preset.name if fitter else ''}"
+        if options.fit or options.preset:
+            raise UserError(f"--fit: {few}")
+        print(f"no lens fits: {few}")
+        fits, fitter = 0, None
     return Plan(
         reference, networks, of_data(reference, near), of_data(reference, far), far, fitter, of_kind,
         min(fits, int(of_kind[near].sum()), int(of_kind[far].sum())),
@@ -128,15 +133,13 @@ def judge(plan: Plan, candidates: Mapping[str, ImageSet], asked: Mapping[str, np
         lost = sets["samples"].get(places[np.argsort(-found["samples"].chi2)[:WORST]]).numpy()
         worst = lost, plan.fitter.fit(lost)  # once more, for the models, which are not kept
     if "two-sample" not in plan.skip and n >= scores.FEWEST:
-        metrics["two_sample"] = scores.told_apart(plan.near, plan.far, candidates)
+        with _left_out("no classifier of samples and real images"):
+            metrics["two_sample"] = scores.told_apart(plan.near, plan.far, candidates)
     if "memory" not in plan.skip and len(plan.reference.split("test")) >= memorisation.FEWEST:
-        answers = scores.memory(plan.reference, candidates["samples"])
-        metrics["memory"] = {name: answer.to_dict() for name, answer in answers.items()}
+        metrics["memory"] = scores.memory(plan.reference, candidates["samples"])
     if "use" not in plan.skip and CLASS in asked:
-        try:
+        with _left_out("no classifier of classes"):
             metrics["use"] = scores.usefulness(plan.reference, plan.far_places, candidates["samples"], asked[CLASS])
-        except UserError as error:
-            print(f"use by a classifier is not measured: {error}")
     metrics["protocols"] = {
         one.name: scores.under_protocol(one, plan.reference, candidates, plan.networks) for one in plan.protocols
     }
@@ -145,10 +148,19 @@ def judge(plan: Plan, candidates: Mapping[str, ImageSet], asked: Mapping[str, np
     )
 
 
+@contextlib.contextmanager
+def _left_out(what: str) -> Iterator[None]:
+    """What one part cannot measure is said, and does not cost the others."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{what}: {error}")
+
+
 def fitted(
     plan: Plan, sets: Mapping[str, ImageSet], asked: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, LensFits], np.ndarray]:
-    """{lens_fits: {set: shares, chi2 and how far parameters are from the truth}, population: {candidate: {parameter: ...}}},
+    """{lens_fits: {set: shares, chi2 and how far parameters are from the truth}, lens_preset, population: {candidate: ...}},
     the fits of each set but the reference, and which samples were fitted."""
     assert plan.fitter is not None
     known = plan.reference.index.get("parameters", {})
@@ -169,7 +181,8 @@ def fitted(
         for name, one in fits.items()
         if name != "real" and len(one) == len(real)
     }
-    return {"lens_fits": found, "population": compared}, fits, ours["samples"][: plan.fits]
+    preset = {"name": plan.fitter.preset.name, "free": plan.fitter.coordinates.names, "fits": plan.fits}
+    return {"lens_fits": found, "lens_preset": preset, "population": compared}, fits, ours["samples"][: plan.fits]
 
 
 def fittable(preset: Preset, asked: Mapping[str, np.ndarray], n: int) -> np.ndarray:

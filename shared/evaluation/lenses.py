@@ -16,6 +16,7 @@ from shared.metrics import lens_fit, obedience, physics
 from shared.metrics.lens_fit import LensFits, LensFitter
 from shared.report import grid
 from shared.simulate import lens
+from shared.simulate import preset as preset_module
 from shared.simulate.again import preset_of
 from shared.simulate.preset import AXES, Preset
 
@@ -47,7 +48,7 @@ def fit_images(images: ImageSet, fitter: LensFitter, what: str = "lens fits") ->
         return fitter.fit(batch).columns()
 
     free = ", ".join(fitter.coordinates.names)
-    identity = f"{fitter.preset.model_dump_json()} {free} {fitter.noise} {fitter.margin} {source(lens_fit, lens)}"
+    identity = f"{fitter.preset.model_dump_json()} {free} {fitter.noise} {fitter.margin} {source(lens_fit, lens, preset_module)}"
     with tqdm(total=len(images), desc=what, unit="image", disable=None, leave=False) as bar:
         found = measure(images, [Measure("lens fits", identity, call)], bar.update)
     return LensFits.of_columns(found["lens fits"])

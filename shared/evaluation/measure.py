@@ -1,24 +1,30 @@
 """Sets of images that can be had again, and what is measured of each image: a chunk at a time, in bounded memory, kept in
 files, so that whoever measures the same set again goes on where it stopped."""
 
+import contextlib
 import hashlib
-import inspect
 import io
+import json
 import os
+import shutil
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from shared.data import normalise
 from shared.data.cache import LensImages
 from shared.data.normalise import PixelTransform
+from shared.errors import UserError
 from shared.files import write_atomically
-from shared.metrics import efficientnet, fid, morphology, physics
+from shared.metrics import efficientnet, fid, morphology, physics, two_sample
 
 BATCH = 32  # images at once; with 64 an evaluation takes 0.2 GB more and no less time
 CHUNK = 128  # images a file: what a kill loses
@@ -50,6 +56,36 @@ class ImageSet:
 
     def batches(self, size: int = BATCH) -> Iterator[Tensor]:
         return (self.get(np.arange(k, min(k + size, self.n))) for k in range(0, self.n, size))
+
+    def stored(self) -> "ImageSet":
+        """The same, drawn once: chunks of images are kept in files beside the measurements, until `forget`."""
+        if self.kept is None:
+            return self
+        folder = self.kept / f"images-{_short(self.key)}"
+
+        def chunk(start: int) -> Tensor:
+            places, file = np.arange(start, min(start + CHUNK, self.n)), folder / f"{start}.npz"
+            found = _read(file)
+            if found is None:
+                found = {"images": self.get(places).numpy()}
+                _write(file, found)
+            return torch.from_numpy(found["images"])
+
+        def get(places: np.ndarray) -> Tensor:
+            starts = np.asarray(places) // CHUNK * CHUNK
+            images: list[Tensor] = [torch.empty(0)] * len(places)
+            for start in np.unique(starts):
+                drawn = chunk(int(start))
+                for k in np.flatnonzero(starts == start):
+                    images[k] = drawn[int(places[k]) - int(start)]
+            return torch.stack(images)
+
+        return replace(self, get=get)
+
+    def forget(self) -> None:
+        """Delete the chunks of `stored`; measurements stay."""
+        if self.kept is not None:
+            shutil.rmtree(self.kept / f"images-{_short(self.key)}", ignore_errors=True)
 
     def subset(self, places: np.ndarray) -> "ImageSet":
         digest = hashlib.sha256(np.ascontiguousarray(places, np.int64).data).hexdigest()[:16]
@@ -86,8 +122,26 @@ class Measure:
 
 
 def source(*modules: ModuleType) -> str:
-    """What tells the code of modules from that of other versions."""
-    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()[:16]
+    """What tells the code of modules, or of whole packages, from that of other versions."""
+    digest = hashlib.sha256()
+    for module in modules:
+        file = Path(str(module.__file__))
+        for part in sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]:
+            digest.update(part.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def remembered(images: ImageSet, what: str, make: Callable[[], Any]) -> Any:
+    """make(), of plain types, or what it gave before for these images and the same `what`."""
+    folder = None if images.kept is None else images.kept / _short(images.key)
+    file = None if folder is None else folder / f"{_short(what)}.json"
+    if file is not None:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(file.read_text())
+    found = make()
+    if file is not None:
+        _keep(file, json.dumps(found).encode())
+    return json.loads(json.dumps(found))  # as a file would give it back
 
 
 def measure(
@@ -103,7 +157,13 @@ def measure(
         missing = [one for one in measures if found[one.name] is None]
         if missing:
             made: dict[str, list[Mapping[str, np.ndarray]]] = {one.name: [] for one in missing}
-            for batch in images.get(places).split(BATCH):
+            drawn = images.get(places)
+            if not (fine := drawn.flatten(1).isfinite().all(1)).all():
+                number = start + int((~fine).nonzero()[0])
+                raise UserError(
+                    f"image {number} of {images.key} holds NaN or infinity: leave such images out, and say how many"
+                )
+            for batch in drawn.split(BATCH):
                 for one in missing:
                     made[one.name].append(one.call(batch))
                 if progress is not None:
@@ -123,13 +183,14 @@ def joined(parts: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]} if parts else {}
 
 
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _file(images: ImageSet, one: Measure, start: int, count: int) -> Path | None:
     if images.kept is None:
         return None
-    which, what = (
-        hashlib.sha256(text.encode()).hexdigest()[:16] for text in (images.key, f"{one.name} {one.identity}")
-    )
-    return images.kept / which / f"{what}-{start}-{count}.npz"
+    return images.kept / _short(images.key) / f"{_short(f'{one.name} {one.identity}')}-{start}-{count}.npz"
 
 
 def _read(file: Path | None) -> dict[str, np.ndarray] | None:
@@ -148,8 +209,21 @@ def _write(file: Path | None, columns: Mapping[str, np.ndarray] | None) -> None:
         return
     stream = io.BytesIO()
     np.savez(stream, **columns)  # type: ignore[arg-type]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, stream.getvalue())
+    _keep(file, stream.getvalue())
+
+
+def _keep(file: Path, content: bytes) -> None:
+    """Write a file, or say once that it cannot be: what is kept saves time and nothing depends on it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content)
+    except OSError as error:
+        if (folder := file.parent.parent) not in _TOLD:
+            _TOLD.add(folder)
+            print(f"warning: measurements are not kept in {folder}: {error.strerror or error}", file=sys.stderr)
+
+
+_TOLD: set[Path] = set()
 
 
 # --- what is measured of every set ------------------------------------------------------------------------------------
@@ -161,7 +235,7 @@ def features_of(network: fid.Network, transform: PixelTransform) -> Measure:
     def call(images: Tensor) -> dict[str, np.ndarray]:
         return {"features": fid.features(network, transform.unit(images), (0.0, 1.0)).astype(np.float32)}
 
-    identity = f"{network.extractor} {network.resizer} {transform.to_config()} {source(fid, efficientnet)}"
+    identity = f"{network.extractor} {network.resizer} {transform.to_config()} {source(fid, efficientnet, normalise)}"
     return Measure(f"features {network.metric}", identity, call)
 
 
@@ -170,13 +244,14 @@ def quantities_of(transform: PixelTransform) -> list[Measure]:
     span, edges = (transform.low, transform.high), histogram_edges(transform)
 
     def counts(images: Tensor) -> np.ndarray:
-        return np.stack([np.histogram(image, edges)[0] for image in images.double().numpy()])
+        inside = images.double().clamp(edges[0], edges[-1]).numpy()  # what is beyond is in the last bins
+        return np.stack([np.histogram(image, edges)[0] for image in inside])
 
     def noise(images: Tensor) -> dict[str, np.ndarray]:
         curve = physics.noise_curve(images, span)
         return {"pixels": curve.pixels[None], "light": curve.light[None], "squares": curve.squares[None]}
 
-    identity = f"{transform.to_config()} {source(physics)}"
+    identity = f"{transform.to_config()} {edges[[0, -1]]} {source(physics, two_sample, normalise)}"
     return [
         Measure("summaries", identity, lambda images: physics.summaries(images, span)),
         Measure("power", identity, lambda images: {"power": physics.radial_power_spectrum(images)[1]}),

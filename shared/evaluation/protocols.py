@@ -1,7 +1,8 @@
 """Protocols by name: what was done to images before a published distance was taken, how many of them there were, and which
 real ones they were compared with. A number of the literature is answered on its own terms, and no others.
 
-Each distance has beside it the floor of its own protocol: that of real images that no generator was trained on.
+Each distance has beside it the floor of its own protocol: that of real images that no generator was trained on. The network
+of a distance resizes to its own input in its own way (`Score.resizer`), which published code did in others.
 """
 
 from collections.abc import Callable
@@ -17,15 +18,15 @@ from torch import Tensor
 from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation.measure import ImageSet, of_data
-
-SEED = 0
+from shared.evaluation.reference import shuffled
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """n images a side, as `view` shows them: images (N, C, H, W) in [0, 1] by the data's range -> the same in [0, 1], which
+    """n images a side, as `view` shows them: images (N, C, H, W), the data's range being [0, 1] -> the same in [0, 1], which
     the network of the distance is given as 8 bits.
 
+    rule      what of an image becomes 0 and 1
     against   the split that is the reference: "train", or "held-out" for images that the generator has not seen
     smallest  images that the protocol is for have this side at least
     """
@@ -35,6 +36,7 @@ class Protocol:
     n: int
     against: Literal["train", "held-out"]
     view: Callable[[Tensor], Tensor]
+    rule: str = "the data's range"
     smallest: int = 1
 
     def sets(self, reference: LensImages) -> tuple[ImageSet, ImageSet]:
@@ -44,16 +46,16 @@ class Protocol:
         """
         if min(reference.image_shape[1:]) < self.smallest:
             raise UserError(f"protocol {self.name} is for images of {self.smallest} pixels a side and more")
-        test = np.random.default_rng(SEED).permutation(reference.split("test"))
-        train = np.random.default_rng(SEED).permutation(reference.split("train"))
-        pool, needed = (train, self.n) if self.against == "train" else (test[self.n :], 2 * self.n)
-        if len(pool) < self.n or len(test) < (self.n if self.against == "train" else needed):
-            train_needed = f"{self.n} training and {self.n} test images"
+        # Of held-out images the same halves as elsewhere: reconstructions are those of the other half.
+        test = shuffled(reference)
+        pool, others = (shuffled(reference, "train"), test) if self.against == "train" else (test, test[self.n :])
+        if min(len(pool), len(others)) < self.n:
+            needed = f"{self.n} training and {self.n}" if self.against == "train" else f"{2 * self.n}"
             raise UserError(
-                f"protocol {self.name} needs {train_needed if self.against == 'train' else f'{needed} test images'}, "
-                f"{reference.path} has {len(train)} and {len(test)}"
+                f"protocol {self.name} needs {needed} test images, {reference.path} has "
+                f"{len(reference.split('train'))} and {len(test)}"
             )
-        return of_data(reference, np.sort(pool[: self.n])), of_data(reference, np.sort(test[: self.n]))
+        return of_data(reference, pool[: self.n]), of_data(reference, others[: self.n])
 
 
 def crop(images: Tensor, side: int) -> Tensor:
@@ -94,17 +96,17 @@ PROTOCOLS = {
         Protocol(
             "crop128-2500-train",
             "middle 128x128, 2,500 against 2,500 training images (the lowest near full size: 3.53, 100,000 steps)",
-            2500, "train", lambda x: crop(x, 128), 128,
+            2500, "train", lambda x: crop(x, 128), smallest=128,
         ),
         Protocol(
             "clip64-1000-train",
             "Lanczos to 64x64, each image clipped to its 1 to 99 %, 1,000 against 1,000 training images (the lowest: 2.20)",
-            1000, "train", lambda x: clip(lanczos(x, 64)),
+            1000, "train", lambda x: clip(lanczos(x, 64)), "1 and 99 % of each image",
         ),
         Protocol(
             "resize160-1000-heldout",
             "enlarged to 160x160, each image scaled to its own minimum and maximum, 1,000 held-out images (8.03)",
-            1000, "held-out", lambda x: min_max(resize(x, 160)),
+            1000, "held-out", lambda x: min_max(resize(x, 160)), "extremes of each image",
         ),
         Protocol(
             "28px-100",
@@ -130,7 +132,7 @@ def chosen(names: list[str], reference: LensImages, available: int) -> list[Prot
             continue
         try:
             if available < protocol.n:
-                raise UserError(f"protocol {name} needs {protocol.n} samples, there are {available}: raise --count")
+                raise UserError(f"protocol {name} needs {protocol.n} samples, these are {available}")
             protocol.sets(reference)
         except UserError as error:
             if name in wanted:

@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--count", type=positive, help=f"images a side (default: half the test split, at most {LARGEST})"
     )
     add_networks(parser)
-    parser.add_argument("--out", type=Path, help="folder (default: evaluation/ beside the model)")
+    parser.add_argument("--out", type=Path, help="folder (default: evaluation/ in that of the model, beside samples)")
 
 
 def add_networks(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +65,14 @@ def check_count(reference: LensImages, name: str, count: int | None) -> int:
 
 
 def halves(reference: LensImages, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two disjoint sets of n test images, as sorted indices (n,): the reference, and the other half."""
-    order = np.random.default_rng(0).permutation(reference.split("test"))
-    return np.sort(order[:n]), np.sort(order[n : 2 * n])
+    """Two disjoint sets of n test images, as indices (n,): the reference, and the other half.
+
+    In no order: the first of them are as good a draw as any, while data are often sorted by class.
+    """
+    order = shuffled(reference)
+    return order[:n], order[n : 2 * n]
+
+
+def shuffled(reference: LensImages, split: str = "test") -> np.ndarray:
+    """The indices of a split, always in the same random order."""
+    return np.random.default_rng(0).permutation(reference.split(split))

@@ -1,8 +1,9 @@
 """What was measured of sets of images, compared with real ones: each score beside its floor."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,14 @@ from tqdm import tqdm
 
 from shared.data import symmetries
 from shared.data.cache import LensImages
+from shared.errors import UserError
 from shared.evaluation import protocols
-from shared.evaluation.measure import ImageSet, Measure, Measured, features_of, measure, of_data, source
+from shared.evaluation.measure import ImageSet, Measure, Measured, features_of, measure, of_data, remembered, source
 from shared.evaluation.protocols import Protocol
-from shared.metrics import distribution, fid, physics, two_sample, use
-from shared.metrics.memorisation import Memorisation, memorisation
+from shared.metrics import distribution, fid, memorisation, physics, two_sample, use
 
 TOLD_APART, FEWEST = 500, 20  # images a side that the classifier learns from, at most and at least
+LEARNT = 2500  # samples that a classifier of classes learns from, at most: they are held in memory
 
 
 def compare(reference: Measured, real: Measured, candidates: Mapping[str, Measured]) -> dict[str, Any]:
@@ -69,45 +71,64 @@ def curves(real: Measured, candidates: Mapping[str, Measured]) -> dict[str, Any]
 
 def told_apart(reference: ImageSet, real: ImageSet, candidates: Mapping[str, ImageSet]) -> dict[str, Any]:
     """Whether a classifier can tell sets from `reference`: {set: {n_a, n_b, auc, auc_interval, ...}}, `real` among them, which
-    it should not."""
-    return {name: asdict(_told_apart(one, reference)) for name, one in {"real": real, **candidates}.items()}
-
-
-@lru_cache(maxsize=4)  # of several judgements by the same real images
-def _told_apart(one: ImageSet, reference: ImageSet) -> two_sample.Classified:
+    it should not. UserError if there are too few different images."""
     n = min(TOLD_APART, len(reference))
-    return two_sample.classifier_two_sample(one.first(n), reference.first(n))
+
+    def apart(one: ImageSet) -> dict[str, Any]:
+        return asdict(two_sample.classifier_two_sample(one.first(n), reference.first(n)))
+
+    what = f"told from {n} of {reference.key}, {source(two_sample)}"
+    return {
+        name: remembered(one, what, partial(apart, one))
+        for name, one in tqdm({"real": real, **candidates}.items(), desc="two-sample", disable=None, leave=False)
+    }
 
 
-def memory(reference: LensImages, samples: ImageSet) -> dict[str, Memorisation]:
-    """Whether training images are among the samples: in the places that the data's symmetries allow, or as they are where
-    those are not known, and turned in all ways."""
+def memory(reference: LensImages, samples: ImageSet) -> dict[str, Any]:
+    """Whether training images are among the samples: {places: Memorisation as plain types}, in the places that the data's
+    symmetries allow, or as they are where those are not known, and turned in all ways."""
     known, whole = symmetries.allowed(reference), symmetries.group(*reference.image_shape[1:])
     places = {"as allowed" if known else "as they are": known or ("identity",), "turned": whole}
     transform = reference.transform
     sets = [samples, *(of_data(reference, reference.split(name)) for name in ("train", "test"))]
     seen = [one.changed("seen", lambda images, _: transform.unit(images)) for one in sets]
-    with tqdm(total=sum(map(len, sets)), desc="copies", unit="image", disable=None, leave=False) as bar:
-        return memorisation(*seen, places=places, progress=bar.update)
+
+    def search() -> dict[str, Any]:
+        with tqdm(total=sum(map(len, sets)), desc="copies", unit="image", disable=None, leave=False) as bar:
+            found = memorisation.memorisation(*seen, places=places, progress=bar.update)
+        return {name: one.to_dict() for name, one in found.items()}
+
+    what = f"copies from {reference.fingerprint} {places} {transform.to_config()} {source(memorisation, two_sample)}"
+    return remembered(samples, what, search)
 
 
-def usefulness(
-    reference: LensImages, far: np.ndarray, samples: ImageSet, kinds: np.ndarray
-) -> dict[str, dict[str, Any]]:
+def usefulness(reference: LensImages, far: np.ndarray, samples: ImageSet, kinds: np.ndarray) -> dict[str, Any]:
     """What a classifier of the data's classes learns from samples (N,) that were asked to be of `kinds`, names, and how it
-    judges them: {training → test: Classifier}, real → real being the ceiling. `far`: places of test images."""
-    classes = list(reference.index["classes"])
-    labels = np.asarray(reference.index["labels"])
-    train = reference.split("train")
-    asked = np.array([classes.index(kind) for kind in kinds])
-    found = use.use(
-        (of_data(reference, train), labels[train]),
-        (of_data(reference, far), labels[far]),
-        (samples, asked),
-        classes,
-        elements=symmetries.allowed(reference) or ("identity",),
-    )
-    return {name: asdict(one) for name, one in found.items()}
+    judges them: {training → test: Classifier}, real → real being the ceiling. `far`: places of test images.
+
+    UserError if the data have no classes, or too few images of one.
+    """
+    classes = list(reference.index.get("classes") or [])
+    chosen = np.flatnonzero(np.isin(kinds, classes))[:LEARNT]  # others were asked for nothing, or for what is not here
+    labels, train = np.asarray(reference.index.get("labels") or []), reference.split("train")
+    elements = symmetries.allowed(reference) or ("identity",)
+
+    def learn() -> dict[str, Any]:
+        if len(classes) < 2 or not len(chosen):
+            raise UserError("the data have no classes that the samples were asked to be of")
+        asked = np.array([classes.index(kind) for kind in kinds[chosen]])
+        found = use.use(
+            (of_data(reference, train), labels[train]), (of_data(reference, far), labels[far]),
+            (samples.get(chosen), asked), classes, elements=elements,
+        )  # fmt: skip
+        return {name: asdict(one) for name, one in found.items()}
+
+    what = f"use for {reference.fingerprint} {_digest(far)} {_digest(kinds)} {elements} {source(use)}"
+    return remembered(samples, what, learn)
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(repr(values.tolist()).encode()).hexdigest()[:16]
 
 
 def under_protocol(
@@ -127,9 +148,8 @@ def under_protocol(
         identity = f"{protocol.name} {native.identity} {source(protocols)}"
 
         def call(images: Tensor, network: fid.Network = network) -> dict[str, np.ndarray]:
-            return {
-                "features": fid.features(network, protocol.view(transform.unit(images)), (0.0, 1.0)).astype(np.float32)
-            }
+            seen = protocol.view((images - transform.low) / (transform.high - transform.low))
+            return {"features": fid.features(network, seen, (0.0, 1.0)).astype(np.float32)}
 
         one = Measure(f"{native.name}, {protocol.name}", identity, call)
         features = {}
@@ -138,6 +158,7 @@ def under_protocol(
                 features[name] = measure(images, [one], bar.update)[one.name]["features"]
         found = {name: features[name] for name in candidates}
         value_range = (transform.low, transform.high)
-        scores = fid.score(features["reference"], features["real"], found, network, value_range)
+        rule = f"{protocol.name}: {protocol.rule}"
+        scores = fid.score(features["reference"], features["real"], found, network, value_range, stretch=rule)
         distances[network.metric] = {name: score.to_dict() for name, score in scores.items()}
     return {"about": protocol.about, "n": protocol.n, "against": protocol.against, "distances": distances}

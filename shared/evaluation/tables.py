@@ -1,6 +1,7 @@
 """Scores as tables and curves."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -145,12 +146,20 @@ def fit_rows(fits: dict[str, Any] | None) -> list[list[str]]:
         found = [one["parameters"].get(name) for one in fits.values()]
         rows.append([
             f"{name}: bias ± scatter, R²",
-            *(f"{s['bias']:.3f} ± {s['scatter']:.3f}, {s['r2']:.3f}" if s and s["n"] else "-" for s in found),
+            *(obeyed(s) for s in found),
         ])  # fmt: skip
     return rows
 
 
-def share_of(fits: dict[str, Any]) -> str:
+def obeyed(s: dict[str, Any] | None) -> str:
+    """Bias, scatter and R² of a parameter, where there are any."""
+    if not s or not s["n"]:
+        return "–"
+    r2 = "–" if s["r2"] is None or math.isnan(s["r2"]) else f"{s['r2']:.3f}"  # of what is all one value there is none
+    return f"{s['bias']:.3f} ± {s['scatter']:.3f}, {r2}"
+
+
+def share_of(fits: Mapping[str, Any]) -> str:
     """A share of lenses with its interval."""
     low, high = fits["interval"]
     return f"{fits['share']:.0%} of {fits['n']} ({low:.0%} to {high:.0%})"

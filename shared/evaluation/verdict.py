@@ -4,41 +4,60 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from scipy import stats
+
 from shared.evaluation import tables
 
+LEVEL = 0.01  # how often a metric may find fault with real images
 FAR = 2.0  # times the distance between real sets: what is said to be off, if it is no accident
+SMOOTH = 0.2  # share of the frequencies whose 95 % interval may miss 1
+
+Line = tuple[bool, str]
+Fits = Mapping[str, Any]
 
 
-def verdict(metrics: Mapping[str, Any]) -> list[tuple[bool, str]]:
+def verdict(metrics: Mapping[str, Any]) -> list[Line]:
     """Whether samples are as real images are, and how they are not: (as real, line)."""
     lines = [_distance(metric, found["samples"]) for metric, found in metrics["distances"].items()]
-    lines.append(_quantities(metrics["physics"]["samples"]))
+    lines += [_spread(found) for found in metrics.get("distributions", {}).values()]
+    lines.append(_quantities(metrics["physics"]["samples"], metrics["spectrum"]["samples"]))
     if fits := metrics.get("lens_fits"):
-        share, real = fits["samples"], fits["real"]
-        text = f"lenses at the level of their noise: {tables.share_of(share)}, of real images {tables.share_of(real)}"
-        lines.append((share["interval"][1] >= real["share"], text))
+        lines.append(_lenses(fits["samples"], fits["real"], metrics["population"].get("samples", {})))
     if told := metrics.get("two_sample"):
         auc, (low, high), of_real = told["samples"]["auc"], told["samples"]["auc_interval"], told["real"]["auc"]
         text = f"a classifier tells them from real images with an AUC of {auc:.2f} ({low:.2f} to {high:.2f})"
         lines.append((low <= 0.5, f"{text}, real images from others {of_real:.2f}; chance is 0.5"))
-    for where, found in metrics.get("memory", {}).items():
-        fine = not found["blind"] and min(found["p_copies"], found["p"]) > tables.UNLIKELY
-        lines.append((fine, f"training images {where} among the samples: {found['verdict']}"))
+    if memory := metrics.get("memory"):
+        lines.append(_memory(memory))
     if found := metrics.get("use"):
         ceiling, learnt = found["real → real"], found["generated → real"]
         if ceiling["auc_interval"][0] > 0.5:
-            text = f"a classifier trained on them knows real classes with an AUC of {learnt['auc']:.2f}"
             low, high = learnt["auc_interval"]
-            line = f"{text} ({low:.2f} to {high:.2f}), one trained on real images {ceiling['auc']:.2f}"
-            lines.append((high >= ceiling["auc"], line))
+            text = f"a classifier trained on them knows real classes with an AUC of {learnt['auc']:.2f} ({low:.2f} to {high:.2f})"
+            # Two independent errors, each half of its interval.
+            apart = math.hypot(high - learnt["auc"], ceiling["auc"] - ceiling["auc_interval"][0])
+            fine = ceiling["auc"] - learnt["auc"] <= apart
+            lines.append((fine, f"{text}, one trained on real images {ceiling['auc']:.2f}"))
     return lines
 
 
-def _distance(metric: str, s: Mapping[str, Any]) -> tuple[bool, str]:
-    near = s["excess"] <= 2 * s["floor_sd"]
-    word = "no further from real images than others of them" if near else "further from real images than others of them"
-    floor = f"the floor of {s['floor']:.2f} ± {s['floor_sd']:.2f}"
-    return near, f"{metric}: {s['excess']:+.2f} over {floor} (n = {s['n']}), {word}"
+def stands_out(score: Mapping[str, Any], step: float = 0.0, both: bool = True) -> bool:
+    """Whether an excess over a floor is no accident, at LEVEL: Student's t, for the scatter of a few splits is itself uncertain.
+
+    step  the smallest scatter to count with: shares come in steps, and few splits may all have one value
+    both  an excess of either sign is one
+    """
+    splits = score.get("splits", 5)
+    reach = stats.t.ppf(1 - LEVEL / (1 + both), splits - 1) * math.sqrt(1 + 1 / splits)
+    excess = abs(score["excess"]) if both else score["excess"]
+    return bool(excess > reach * max(score["floor_sd"], step))
+
+
+def fewer(fits: Fits, real: Fits) -> bool:
+    """Whether the share of lenses is below that of real images: the 95 % interval of the difference lies below 0 (Newcombe 1998,
+    Stat. Med. 17, 873, method 10)."""
+    above, below = fits["interval"][1] - fits["share"], real["share"] - real["interval"][0]
+    return bool(fits["share"] - real["share"] + math.hypot(above, below) < 0)
 
 
 def off(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -49,14 +68,55 @@ def off(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {name: ratios[name] for name in sorted(found, key=lambda name: -ratios[name])}
 
 
-def _quantities(scores: Mapping[str, Mapping[str, Any]]) -> tuple[bool, str]:
-    if not (found := off(scores)):
-        return True, f"all {len(scores)} quantities measured on each image are distributed as in real images"
+def agreeing(spectrum: Mapping[str, Any]) -> float:
+    """The share of frequencies at which the power may be that of real images."""
+    pairs = [
+        (low, high) for low, high in zip(spectrum["mean_low"], spectrum["mean_high"], strict=True) if low is not None
+    ]
+    return sum(low <= 1 <= high for low, high in pairs) / max(len(pairs), 1)
+
+
+def _distance(metric: str, s: Mapping[str, Any]) -> Line:
+    near = not stands_out(s, both=False)
+    word = "no further from real images than others of them" if near else "further from real images than others of them"
+    floor = f"the floor of {s['floor']:.2f} ± {s['floor_sd']:.2f}"
+    return near, f"{metric}: {s['excess']:+.2f} over {floor} (n = {s['n']}), {word}"
+
+
+def _spread(found: Mapping[str, Mapping[str, Any]]) -> Line:
+    """Fidelity and variety in one line."""
+    shown = {name: scores["samples"] for name, scores in found.items() if name in ("precision", "recall", "coverage")}
+    out = [name for name, s in shown.items() if stands_out(s, step=1 / s["n"])]
+    said = ", ".join(f"{name} {s['value']:.3f} (real {s['floor']:.3f})" for name, s in shown.items())
+    return not out, f"where real images are, and everywhere there: {said}"
+
+
+def _quantities(scores: Mapping[str, Mapping[str, Any]], spectrum: Mapping[str, Any]) -> Line:
+    found, agree = off(scores), agreeing(spectrum)
+    text = f"the power spectrum agrees at {agree:.0%} of its frequencies"
+    if not found:
+        fine = f"all {len(scores)} quantities measured on each image are distributed as in real images"
+        return agree >= 1 - SMOOTH, f"{fine}; {text}"
     said = ", ".join(f"{name.replace('_', ' ')} {ratio:.1f}" for name, ratio in found.items())
-    return (
-        False,
-        f"{len(found)} of {len(scores)} quantities are further off than between real sets, by these times: {said}",
+    text = f"by these times: {said}; {text}"
+    return False, f"{len(found)} of {len(scores)} quantities are further off than between real sets, {text}"
+
+
+def _lenses(fits: Fits, real: Fits, population: Mapping[str, Mapping[str, Any]]) -> Line:
+    text = f"lenses at the level of their noise: {tables.share_of(fits)}, of real images {tables.share_of(real)}"
+    found = off(population)
+    said = ", ".join(f"{name} {ratio:.1f}" for name, ratio in found.items())
+    how = (
+        f"distributed otherwise, by these times: {said}" if found else "their parameters are distributed as real ones'"
     )
+    return not fewer(fits, real) and not found, f"{text}; {how}"
+
+
+def _memory(memory: Mapping[str, Mapping[str, Any]]) -> Line:
+    where, worst = min(memory.items(), key=lambda item: (not item[1]["blind"], min(item[1]["p_copies"], item[1]["p"])))
+    # Each is asked for twice, by copies and by nearness.
+    fine = not worst["blind"] and min(worst["p_copies"], worst["p"]) > LEVEL / (2 * len(memory))
+    return fine, f"training images among them, {where}: {worst['verdict']}"
 
 
 def summary(metrics: Mapping[str, Any]) -> str:

@@ -70,7 +70,8 @@ def scores(
         for metric, measured in _measured(known, _drawn(candidate, n, rng), logits, seed).items():
             of_real = [floor[metric]["value"] for floor in floors]
             floor, floor_sd = float(np.mean(of_real)), float(np.std(of_real, ddof=1))
-            score = {**measured, "floor": floor, "floor_sd": floor_sd, "excess": measured["value"] - floor, "n": n}
+            score = {**measured, "floor": floor, "floor_sd": floor_sd, "excess": measured["value"] - floor}
+            score |= {"n": n, "splits": SPLITS}
             found.setdefault(metric, {})[name] = score
     return found
 

@@ -182,6 +182,7 @@ class Score:
     resizer: str
     value_range: tuple[float, float]
     stretch: str = "linear"  # from value_range to grey levels
+    splits: int = 10  # that the floor is a mean over
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -201,7 +202,7 @@ def score(
     candidates: dict[str, np.ndarray],
     network: Network,
     value_range: tuple[float, float],
-    splits: int = 5,
+    splits: int = 10,
     seed: int = 0,
     stretch: str = "linear",
 ) -> dict[str, Score]:
@@ -243,5 +244,6 @@ def score(
             resizer=network.resizer,
             value_range=value_range,
             stretch=stretch,
+            splits=splits,
         )
     return scores

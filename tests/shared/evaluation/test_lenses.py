@@ -43,6 +43,6 @@ def test_fits_find_what_was_planted():
     assert header == ["lens fits", "real", "samples"]
     assert share[1:] == ["100% of 8 (68% to 100%)"] * 2
     assert 0.8 < float(chi2[1]) < 1.2
-    assert [row[2] for row in rows] == ["-"] * 4
+    assert [row[2] for row in rows] == ["–"] * 4
     assert fit_rows(None) == []
     assert {name: s["w1"] for name, s in population(fits, fits, fits).items()} == dict.fromkeys(fits.parameters, 0.0)

@@ -11,8 +11,9 @@ from shared.data.cache import LensImages
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.evaluation.files import of_files
-from shared.evaluation.measure import CHUNK, ImageSet, Measure, Measured, measure, of_data, of_tensor
+from shared.evaluation.measure import CHUNK, ImageSet, Measure, Measured, measure, of_data, of_tensor, remembered
 from shared.evaluation.protocols import PROTOCOLS, Protocol, chosen, clip, crop, lanczos, min_max, resize
+from shared.evaluation.reference import halves
 from shared.evaluation.scores import compare, under_protocol
 from shared.metrics import physics
 from tests.blobs import blobs
@@ -82,6 +83,49 @@ def test_a_stop_loses_a_chunk_and_half_a_file_is_made_again(tmp_path: Path) -> N
     assert get.drawn == N
 
 
+def test_images_are_drawn_once(tmp_path: Path) -> None:
+    images = torch.rand(N, 1, 6, 5)
+    get = Counted(images)
+    one = ImageSet("a", N, get, tmp_path).stored()
+    for places in (np.arange(N), np.array([N - 1, 3, 3]), np.arange(7)):
+        assert torch.equal(one.get(places), images[torch.from_numpy(places)])
+    assert get.drawn == N
+    measure(one, [mean_of()])
+    one.forget()
+    measure(one, [mean_of()])  # what was measured stays
+    assert get.drawn == N
+    one.get(np.array([0]))
+    assert get.drawn == N + CHUNK
+
+
+def test_answers_are_remembered_by_images_and_question(tmp_path: Path) -> None:
+    made = []
+
+    def make() -> dict[str, float]:
+        made.append(1)
+        return {"x": 0.1, "of": float(len(made))}
+
+    one, other = (ImageSet(key, 3, lambda places: torch.rand(len(places)), tmp_path) for key in "ab")
+    assert remembered(one, "what", make) == remembered(one, "what", make) == {"x": 0.1, "of": 1.0}
+    assert remembered(one, "else", make)["of"] == 2
+    assert remembered(other, "what", make)["of"] == 3
+
+
+def test_what_cannot_be_kept_is_made_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    images = torch.rand(N, 1, 6, 5)
+    found = measure(ImageSet("a", N, Counted(images), tmp_path / "file"), [mean_of()])["mean"]["mean"]
+    np.testing.assert_array_equal(found, images.mean((1, 2, 3)).numpy())
+    assert capsys.readouterr().err.count("are not kept") == 1
+
+
+def test_nan_is_told_with_its_place() -> None:
+    images = torch.rand(N, 1, 6, 5)
+    images[CHUNK + 7, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match=f"image {CHUNK + 7} of .* holds NaN"):
+        measure(of_tensor(images), [mean_of()])
+
+
 def test_a_set_that_was_measured_whole_or_in_parts_has_the_same_scores() -> None:
     images, transform = torch.rand(60, 1, 12, 12), PixelTransform(0.0, 1.0)
     whole = Measured.of(of_tensor(images), [Means()], transform)
@@ -138,6 +182,10 @@ def test_a_protocol_compares_as_it_says(data: LensImages) -> None:
     sets = [one.first(n) for one in held_out.sets(data)]
     assert all(within(of_tensor(one), test) for one in sets)
     assert not any(torch.equal(one, other) for one in sets[0] for other in sets[1])
+    # Reconstructions are those of the other half, which must not be what they are compared with.
+    native, other_half = (data.batch(half) for half in halves(data, len(test) // 2))
+    assert all(any(torch.equal(one, other) for other in native) for one in sets[0])
+    assert not any(torch.equal(one, other) for one in sets[0] for other in other_half)
     scored = under_protocol(protocol, data, {"samples": near, "other": of_tensor(1 - near.first(n))}, [Means()])
     found = scored["distances"]["fd_test"]
     assert found["samples"]["distance"] == pytest.approx(0, abs=1e-9)
@@ -150,7 +198,7 @@ def test_protocols_are_chosen_by_name(data: LensImages, capsys: pytest.CaptureFi
     assert chosen([], data, 100) == []
     assert chosen(["all", "native150"], data, 10_000) == []
     assert capsys.readouterr().out.count("left out:") == len(PROTOCOLS)
-    with pytest.raises(UserError, match="28px-100 needs 100 samples, there are 99"):
+    with pytest.raises(UserError, match="28px-100 needs 100 samples, these are 99"):
         chosen(["28px-100"], data, 99)
     with pytest.raises(UserError, match="for images of 128 pixels"):
         chosen(["crop128-2500-train"], data, 10_000)
@@ -165,11 +213,21 @@ def test_samples_of_others(tmp_path: Path, data: LensImages) -> None:
     assert len(read) == 12
     np.testing.assert_array_equal(read.get(np.array([7, 2])).numpy(), images[[7, 2]])
     np.save(tmp_path / "bytes.npy", (images * 255).round())
-    with pytest.raises(UserError, match="in other units; say by --sample-range LOW,HIGH"):
+    with pytest.raises(UserError, match="other units; say by --sample-range LOW,HIGH"):
         of_files(tmp_path / "bytes.npy", data)
     low, high = data.value_range
     span = (low * 255, high * 255)
     np.testing.assert_allclose(of_files(tmp_path / "bytes.npy", data, span).first(12), images, atol=0.003)
+    np.save(tmp_path / "centred.npy", 2 * images - 1)  # of the same width, or nearly
+    with pytest.raises(UserError, match="other units"):
+        of_files(tmp_path / "centred.npy", data)
+    np.save(tmp_path / "grey.npy", images.repeat(3, 1))
+    np.testing.assert_array_equal(of_files(tmp_path / "grey.npy", data).first(12), images)
+    coloured = images.repeat(3, 1)
+    coloured[:, 1] *= 0.9
+    np.save(tmp_path / "coloured.npy", coloured)
+    with pytest.raises(UserError, match="in colour"):
+        of_files(tmp_path / "coloured.npy", data)
     np.save(tmp_path / "small.npy", images[:, :, :20])
     with pytest.raises(UserError, match=r"has images \(1, 20, 30\), .* has \(1, 30, 30\)"):
         of_files(tmp_path / "small.npy", data)
