@@ -5,7 +5,7 @@ for seeds, images in generator.sample(range(64)):
     ...
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ class Generator:
         observed: bool = True,
         latents: bool = False,
         batch_size: int = 64,
+        seen: Callable[[Tensor], object] | None = None,
         **options: Any,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield (seeds, images (N, C, H, W) in the data's units) batch by batch.
@@ -140,6 +141,7 @@ class Generator:
                   model says when nothing is asked for, see stage2_diffusion/guidance.py; the interval likewise
         observed  False: the clean light, without pixel noise
         latents   True: yield the latents, not decoded
+        seen      told at every evaluation what the images of a batch are taken to be, guidance included: latents (n, c, h, w)
         options   of the sampler
         """
         how = self.settings(sampler, steps, shift, eta, times)
@@ -166,6 +168,8 @@ class Generator:
                 nothing = self.condition(len(chunk))
                 assert nothing is not None
                 denoise = classifier_free(self._denoise, self.denoiser.schedule, told, nothing, weight, interval)
+            if seen is not None:
+                denoise = _watched(denoise, seen)
             with autocast(self.device, self.precision):
                 noise = SeededNoise(chunk, self.device, stream=LATENT_NOISE)
                 x_0 = run(denoise, self.denoiser.schedule, noise, self.autoencoder.latent_shape, steps, **options)
@@ -173,18 +177,28 @@ class Generator:
                 images = x_0 if latents else self.autoencoder.decode(x_0, observed=observed, generator=pixel_noise)
             yield chunk, images.float()
 
-    def trajectory(self, seeds: Sequence[int], cond: Mapping[str, Any] | None = None, **options: Any) -> list[Tensor]:
-        """What the network takes each image to be at every evaluation, without pixel noise: (N, C, H, W) each, on the CPU.
+    def trajectory(
+        self, seeds: Sequence[int], cond: Mapping[str, Any] | None = None, *, every: int = 1, **options: Any
+    ) -> list[Tensor]:
+        """What each image is taken to be at every evaluation, without pixel noise: (N, C, H, W) each, on the CPU.
 
+        every    evaluations from one to the next; the first and the last are always among them
         options  of `sample`
         """
-        estimates: list[Tensor] = []
-        handle = self.denoiser.register_forward_hook(lambda module, inputs, output: estimates.append(output))
-        try:
-            for _ in self.sample(seeds, cond, batch_size=len(seeds), latents=True, **options):
-                pass
-        finally:
-            handle.remove()
+        kept: list[Tensor] = []
+        last: list[Tensor] = []
+        evaluations = 0
+
+        def see(x_0: Tensor) -> None:
+            nonlocal evaluations
+            last[:] = [x_0]
+            if evaluations % every == 0:
+                kept.append(x_0)
+            evaluations += 1
+
+        for _ in self.sample(seeds, cond, batch_size=len(seeds), latents=True, seen=see, **options):
+            pass
+        estimates = kept if (evaluations - 1) % every == 0 else kept + last
         with torch.no_grad(), autocast(self.device, self.precision):
             return [self.autoencoder.decode(x_0, observed=False).float().cpu() for x_0 in estimates]
 
@@ -239,6 +253,15 @@ class Generator:
         with autocast(self.device, self.precision):
             latents = self.autoencoder.encode(images.to(self.device).contiguous(memory_format=torch.channels_last))
             return self.autoencoder.decode(latents, observed=observed, generator=generators).float().cpu()
+
+
+def _watched(denoise: Denoise, seen: Callable[[Tensor], object]) -> Denoise:
+    def watched(x_t: Tensor, t: Tensor) -> Tensor:
+        x_0 = denoise(x_t, t)
+        seen(x_0)
+        return x_0
+
+    return watched
 
 
 def build_denoiser(
