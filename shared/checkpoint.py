@@ -98,7 +98,8 @@ def find_run(path: str | Path) -> Path:
     if hub := _from_hub(str(path)):
         return hub
     known = [name for name, _ in known_models(Path(path).parent)]
-    near = get_close_matches(Path(path).name, known, n=3)
+    wanted = Path(path).name
+    near = [name for name in known if wanted and wanted in name][:3] or get_close_matches(wanted, known, n=3)
     said = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known[:8])}" if known else ""
     raise UserError(
         f"no model at {path}: there is no such folder" + (f"; {said} (`lens-ldm models` lists them)" if said else "")

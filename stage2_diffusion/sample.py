@@ -178,6 +178,8 @@ def finish(drawing: Drawing, options: argparse.Namespace, request: dict[str, Any
     if not (missing or gif or every):
         print(f"{out} is complete")
         return
+    for key in missing:
+        results.require_place(FORMATS[key][0])
     work = folder_of(out, request)
     with hold(work) as ours:
         if not ours:

@@ -81,26 +81,22 @@ class Pieces:
 
 
 def _rows(files: list[Path], name: str) -> Iterator[np.ndarray]:
-    try:
-        yield from stored_rows(files, name)
-    except DAMAGED as error:
-        where = files[0].parent
-        raise UserError(f"an .npz in {where} is damaged ({error}): delete it and run the same command again") from error
+    for file in files:
+        try:
+            yield from stored_rows([file], name)
+        except DAMAGED as error:
+            raise UserError(f"{file} is damaged ({error}): delete it and run the same command again") from error
 
 
 def stack_of(files: list[Path], metadata: list[dict[str, Any]]) -> Stack:
     """The samples of some .npz one after the other, with their metadata."""
-    columns: dict[str, list[np.ndarray]] = {}
-    for file in files:
-        with np.load(file, allow_pickle=False) as shard:
-            for name in shard.files:
-                if name not in ("images", "metadata"):
-                    columns.setdefault(name, []).append(shard[name])
-    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    with zipfile.ZipFile(files[0]) as shard:
+        names = [name.removesuffix(".npy") for name in shard.namelist()]
+    columns = {k: np.concatenate([*_rows(files, k)]) for k in names if k not in ("images", "metadata")}
     about = {key: value for key, value in metadata[0].items() if key != SPEED}
     speed = round(sum(one[SPEED] for one in metadata), 2)
-    shape = (len(joined["seeds"]), *next(_rows(files, "images")).shape[1:])
-    return Stack(shape, lambda: _rows(files, "images"), joined, about, {SPEED: speed})
+    shape = (len(columns["seeds"]), *next(_rows(files, "images")).shape[1:])
+    return Stack(shape, lambda: _rows(files, "images"), columns, about, {SPEED: speed})
 
 
 def folder_of(out: Path, request: dict[str, Any], part: str = "") -> Path:
@@ -160,6 +156,13 @@ class Results:
             return read_shard(self.out / name, self.request) is not None
         return name in self._files and how.items() <= self._files[name].items()
 
+    def require_place(self, name: str) -> None:
+        """UserError if a folder of that name holds more than samples: it would be replaced."""
+        target = self.out / name
+        names = target.iterdir() if target.is_dir() else ()
+        if strange := sorted(p.name for p in names if p.suffix != ".png" or not p.stem.isdecimal()):
+            raise UserError(f"{target} holds {strange[0]}, which is no sample: choose another --out")
+
     def place(self, made: Path, name: str, about: dict[str, Any], **how: Any) -> None:
         """Move a finished file, or folder, to its place, and note down how it was made."""
         target = self.out / name
@@ -169,8 +172,7 @@ class Results:
         elif hasattr(os, "sync"):  # thousands of files at once, and not one by one
             os.sync()
         if target.is_dir():
-            if strange := [p.name for p in target.iterdir() if p.suffix != ".png" or not p.stem.isdecimal()]:
-                raise UserError(f"{target} holds {strange[0]}, which is no sample: choose another --out")
+            self.require_place(name)
             shutil.rmtree(target)
         os.replace(made, target)
         sync_folder(self.out)

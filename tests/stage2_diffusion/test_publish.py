@@ -107,7 +107,7 @@ def test_a_miss_is_one_line_with_the_nearest_names(home: Path, capsys: pytest.Ca
     assert "no model at dit: there is no such folder" in fails(capsys, "sample", "dit")
     make(home.parent / "checkout" / "checkpoints" / "deeplense-dit")
     make(home / "checkpoints" / "other" / "model")
-    for missed in ("deeplens-dit", "checkpoints/deeplense-dti"):
+    for missed in ("deeplens-dit", "checkpoints/deeplense-dti", "lense"):
         assert "did you mean deeplense-dit?" in fails(capsys, "sample", missed)
     assert "there are deeplense-dit, other" in fails(capsys, "sample", "xyz")
     (home / "checkpoints" / "young").mkdir()

@@ -103,7 +103,7 @@ def test_shards_join_to_what_one_process_draws(model: Path, tmp_path: Path, caps
     assert {k: v for k, v in metadata.items() if k != "lenses_per_second"} == {
         k: v for k, v in whole.items() if k != "lenses_per_second"
     }
-    assert (tmp_path / "parts" / "grid.png").exists()
+    assert json.loads(Image.open(tmp_path / "parts" / "grid.png").info["parameters"]) == metadata
 
 
 def test_only_what_is_missing_or_damaged_or_of_another_request_is_drawn_again(
@@ -325,6 +325,13 @@ def test_every_format_is_read_back(
     draw(model, tmp_path, "--format", "fits", "png")  # from samples.npz
     assert not drawn
     (again := tmp_path / "again").mkdir()
+    (again / "png").mkdir()
+    (again / "png" / "holiday.png").touch()
+    with pytest.raises(SystemExit):
+        draw(model, again, "--format", *formats[1:])
+    assert "holds holiday.png, which is no sample" in capsys.readouterr().err
+    assert not drawn  # it is said before any work
+    (again / "png" / "holiday.png").unlink()
     draw(model, again, "--format", *formats[1:])
     assert not (again / "samples.npz").exists()
     assert {name: (again / name).read_bytes() for name in files} == before
@@ -337,6 +344,21 @@ def test_shards_join_to_any_format(model: Path, tmp_path: Path) -> None:
     one, other = ((tmp_path / name / "samples.fits").read_bytes() for name in ("whole", "parts"))
     assert one == other
     assert not (tmp_path / "parts" / "samples.npz").exists()
+
+
+def test_a_shard_whose_pixels_are_damaged_is_named_in_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(model, tmp_path, "--shard", "1/2")
+    first = tmp_path / "samples-1-of-2.npz"
+    content = bytearray(first.read_bytes())
+    content[5000] ^= 1
+    first.write_bytes(content)
+    with pytest.raises(SystemExit):
+        draw(model, tmp_path, "--shard", "2/2")
+    error = capsys.readouterr().err
+    assert f"{first} is damaged (Bad CRC-32" in error
+    assert error.count("\n") == 1
 
 
 def test_the_way_to_the_lenses_is_kept_on_request(
