@@ -16,7 +16,7 @@ from shared.checkpoint import folders, known_models, read_config
 from shared.cli import Parser
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
-from shared.evaluation.tables import aligned
+from shared.files import markdown
 from shared.registry import build
 
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         places = " nor in ".join(map(str, folders()))
         print(f"there is no model in {places}: `lens-ldm quickstart` makes one")
         return
-    print(aligned(rows))
+    print(markdown(rows))
     print("\n`lens-ldm sample NAME` draws lenses, NAME/README.md has more")
 
 

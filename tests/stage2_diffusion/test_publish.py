@@ -179,7 +179,8 @@ def test_models_are_listed_with_what_they_are_worth(home: Path, capsys: pytest.C
     (home / "checkpoints" / "broken" / "config.json").write_text("{")
     main(["models"])
     out = capsys.readouterr().out
-    lines = {line.split()[0]: " ".join(line.split()) for line in out.splitlines() if line}
+    rows = [line.replace("|", " ").split() for line in out.splitlines() if line]
+    lines = {row[0]: " ".join(row) for row in rows}
     size = (home / "checkpoints/mine/model/model.safetensors").stat().st_size / 1e6
     assert lines["mine"] == lines["changed"].replace("changed", "mine")
     assert lines["mine"] == f"mine noise, 64 8×8×1 unet 4 ab2 {size:.1f} – –"
@@ -242,7 +243,7 @@ def test_a_published_model_is_smaller_and_draws_the_same(
         assert failure in text.split("Known failures")[1]
     assert "license: cc0" in text
     main(["models"])
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("shared "))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| shared "))
     assert "0.50 (100)" in line
 
 
