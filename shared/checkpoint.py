@@ -5,7 +5,10 @@ Nothing in it is ever executed: the config names parts by the registry's short n
 
 import json
 import os
+import re
 import shutil
+from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from shared.files import sha256, write_atomically
 from shared.registry import build
 
 FORMAT = 1
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # as which weights may be stored
 KINDS = {"autoencoder": "stage 1", "diffusion": "stage 2"}
 
 
@@ -67,25 +71,86 @@ def amend(path: str | Path, kind: str, changes: dict[str, Any]) -> None:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from error
 
 
+def folders() -> list[Path]:
+    """Where models are found by name: ./checkpoints, and the one of the checkout that this package lies in."""
+    checkout = Path(__file__).resolve().parents[1]
+    # Beside an installed package anything may lie.
+    return [Path("checkpoints"), *([checkout / "checkpoints"] if (checkout / "pyproject.toml").is_file() else [])]
+
+
+def find_run(path: str | Path) -> Path:
+    """The folder of a run or of a model, by its path or its name.
+
+    In this order: the path; ./checkpoints/NAME; checkpoints/NAME of the checkout; and, for owner/name alone, the hub, where
+    the package huggingface_hub is installed. What comes from there is three files, of which none is ever executed.
+    """
+    for place in (Path(path), *(folder / path for folder in folders())):
+        if _holds_model(place) is not None:
+            return place
+        if (place / "last.ckpt").exists():
+            raise UserError(
+                f"{place} is a run that is not finished: run its training command again, it goes on where it stopped"
+            )
+    if Path(path).exists():
+        raise UserError(
+            f"{path} holds no model: expected config.json and model.safetensors, or a run's folder with model/"
+        )
+    if hub := _from_hub(str(path)):
+        return hub
+    known = [name for name, _ in known_models(Path(path).parent)]
+    wanted = Path(path).name
+    near = [name for name in known if wanted and wanted in name][:3] or get_close_matches(wanted, known, n=3)
+    said = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known[:8])}" if known else ""
+    raise UserError(
+        f"no model at {path}: there is no such folder" + (f"; {said} (`lens-ldm models` lists them)" if said else "")
+    )
+
+
+def known_models(*more: Path) -> list[tuple[str, Path]]:
+    """(name, folder of config.json) of the models in `folders()` and others, those that hide none of the same name."""
+    found: dict[str, Path] = {}
+    for parent in (*more, *folders()):
+        for folder in sorted(parent.glob("*/")):
+            if (model := _holds_model(folder)) is not None:
+                found.setdefault(folder.name, model)
+    return sorted(found.items())
+
+
+def _holds_model(folder: Path) -> Path | None:
+    return next((place for place in (folder, folder / "model") if (place / "config.json").is_file()), None)
+
+
 def find_model(path: str | Path) -> Path:
-    """A run's folder or a model's folder -> the model's folder."""
-    path = Path(path)
-    if not path.exists():
-        parent = path.parent if path.parent.is_dir() else Path("checkpoints")
-        known = (
-            sorted(p.parent.relative_to(parent).as_posix() for p in parent.glob("*/model")) if parent.is_dir() else []
-        )
+    """`find_run`, and of a run the folder of its model."""
+    model = _holds_model(find_run(path))
+    assert model is not None
+    return model
+
+
+HUB = "config.json", "model.safetensors", "README.md"  # all that is ever fetched
+
+
+@cache
+def _from_hub(name: str) -> Path | None:
+    """The folder of a repository owner/name, which is fetched unless it is here; None if the name cannot be one."""
+    owner, _, _ = name.partition("/")
+    # A folder that is there was meant, and its model is misspelt.
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or owner == "checkpoints" or Path(owner).exists():
+        return None
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
         raise UserError(
-            f"no model at {path}: there is no such folder" + (f"; in {parent}: {', '.join(known)}" if known else "")
-        )
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
-            return folder
-    if (path / "last.ckpt").exists():
-        raise UserError(
-            f"{path} is a run that is not finished: run its training command again, it goes on where it stopped"
-        )
-    raise UserError(f"{path} holds no model: expected config.json and model.safetensors, or a run's folder with model/")
+            f"no model at {name}: there is no such folder, and to look on the hub takes `pip install 'lens-ldm[hub]'`"
+        ) from error
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(HUB)))
+    except Exception as error:  # of a dozen types, from no network to no such repository
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UserError(f"no model at {name}: there is no such folder, and from the hub: {reason[0]}") from error
+    if _holds_model(folder) != folder:
+        raise UserError(f"{name} on the hub holds no model of lens-ldm: it has no config.json")
+    return folder
 
 
 class _Published(dict[str, Any]):
@@ -115,7 +180,8 @@ def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a published model. Truncated or altered weights are refused."""
+    """The config and the tensors of a published model, fp32 where they are stored as half of that. Truncated or altered
+    weights are refused."""
     folder, config = find_model(path), read_config(path, kind)
     weights = folder / "model.safetensors"
     if not weights.is_file():
@@ -126,9 +192,10 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]
         )
     try:
         with safe_open(weights, framework="pt", device="cpu") as file:
-            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise UserError(f"{weights} is no safetensors file: {error}") from error
+    return config, {name: x.float() if x.dtype in HALF.values() else x for name, x in tensors.items()}
 
 
 def autoencoder_config(autoencoder: Autoencoder, spec: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ COMMANDS = {
         "few-step student of a model; also: python stage2_diffusion/distill.py",
     ),
     "sample": ("stage2_diffusion.sample:main", "lenses from a trained model; also: python stage2_diffusion/sample.py"),
+    "models": ("shared.models:main", "what can be sampled by name: published models and runs"),
+    "publish": ("stage2_diffusion.publish:main", "a run's model -> a folder to share, with scores, at half precision"),
     "tune-grid": ("stage2_diffusion.grids:main", "a few evaluations made the most of: times fitted to a trained model"),
     "evaluate-vqvae": ("stage1_vqvae.evaluate:main", "what stage 1 costs; also: python stage1_vqvae/evaluate.py"),
     "evaluate": (

@@ -28,7 +28,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from shared.checkpoint import find_model, versions
+from shared.checkpoint import find_model, find_run, versions
 from shared.cli import Parser, guard
 from shared.data.cache import LensImages
 from shared.data.formats import CONDITION
@@ -91,9 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong is found before the first minute of work.
     networks = chosen_networks(a)
     reference = LensImages(a.reference)
-    path = Path(a.model).resolve()
     drawn = is_model(Path(a.model))
-    out = a.out or (Path(a.model) / "evaluation" if drawn else path.with_name(f"{path.name}-evaluation"))
+    path = find_run(a.model) if drawn else Path(a.model).resolve()
+    out = a.out or (path / "evaluation" if drawn else path.with_name(f"{path.name}-evaluation"))
     kept = out / "measured"
     about: dict[str, Any] = {
         "command": shlex.join(["lens-ldm", "evaluate", *argv]),

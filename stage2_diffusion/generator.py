@@ -125,7 +125,7 @@ class Generator:
         observed: bool = True,
         latents: bool = False,
         batch_size: int = 64,
-        watch: Callable[[Tensor], object] | None = None,
+        seen: Callable[[Tensor], object] | None = None,
         **options: Any,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield (seeds, images (N, C, H, W) in the data's units) batch by batch.
@@ -141,7 +141,7 @@ class Generator:
                   model says when nothing is asked for, see stage2_diffusion/guidance.py; the interval likewise
         observed  False: the clean light, without pixel noise
         latents   True: yield the latents, not decoded
-        watch     is told what x_0 (n, c, h, w) is taken to be at every evaluation, guided
+        seen      told at every evaluation what the images of a batch are taken to be, guidance included: latents (n, c, h, w)
         options   of the sampler
         """
         how = self.settings(sampler, steps, shift, eta, times)
@@ -168,8 +168,8 @@ class Generator:
                 nothing = self.condition(len(chunk))
                 assert nothing is not None
                 denoise = classifier_free(self._denoise, self.denoiser.schedule, told, nothing, weight, interval)
-            if watch is not None:
-                denoise = _watched(denoise, watch)
+            if seen is not None:
+                denoise = _watched(denoise, seen)
             with autocast(self.device, self.precision):
                 noise = SeededNoise(chunk, self.device, stream=LATENT_NOISE)
                 x_0 = run(denoise, self.denoiser.schedule, noise, self.autoencoder.latent_shape, steps, **options)
@@ -177,14 +177,28 @@ class Generator:
                 images = x_0 if latents else self.autoencoder.decode(x_0, observed=observed, generator=pixel_noise)
             yield chunk, images.float()
 
-    def trajectory(self, seeds: Sequence[int], cond: Mapping[str, Any] | None = None, **options: Any) -> list[Tensor]:
-        """What the network takes each image to be at every evaluation, without pixel noise: (N, C, H, W) each, on the CPU.
+    def trajectory(
+        self, seeds: Sequence[int], cond: Mapping[str, Any] | None = None, *, every: int = 1, **options: Any
+    ) -> list[Tensor]:
+        """What each image is taken to be at every evaluation, without pixel noise: (N, C, H, W) each, on the CPU.
 
+        every    evaluations from one to the next; the first and the last are always among them
         options  of `sample`
         """
-        estimates: list[Tensor] = []
-        for _ in self.sample(seeds, cond, batch_size=len(seeds), latents=True, watch=estimates.append, **options):
+        kept: list[Tensor] = []
+        last: list[Tensor] = []
+        evaluations = 0
+
+        def see(x_0: Tensor) -> None:
+            nonlocal evaluations
+            last[:] = [x_0]
+            if evaluations % every == 0:
+                kept.append(x_0)
+            evaluations += 1
+
+        for _ in self.sample(seeds, cond, batch_size=len(seeds), latents=True, seen=see, **options):
             pass
+        estimates = kept if (evaluations - 1) % every == 0 else kept + last
         with torch.no_grad(), autocast(self.device, self.precision):
             return [self.autoencoder.decode(x_0, observed=False).float().cpu() for x_0 in estimates]
 
@@ -239,10 +253,10 @@ class Generator:
             return self.autoencoder.decode(latents, observed=observed, generator=generators).float().cpu()
 
 
-def _watched(denoise: Denoise, watch: Callable[[Tensor], object]) -> Denoise:
+def _watched(denoise: Denoise, seen: Callable[[Tensor], object]) -> Denoise:
     def watched(x_t: Tensor, t: Tensor) -> Tensor:
         x_0 = denoise(x_t, t)
-        watch(x_0)
+        seen(x_0)
         return x_0
 
     return watched

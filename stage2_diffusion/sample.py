@@ -5,6 +5,15 @@ python stage2_diffusion/sample.py checkpoints/unet --count 64 --seed 0 --steps 8
 
 Writes samples.npz (images, seeds, metadata as a JSON string; loads without pickle) and grid.png (the same metadata in
 its text chunk `parameters`). Lens k has the seed SEED + k, and is the same lens whatever else is drawn with it.
+MODEL is a folder, or the name of a model that `lens-ldm models` lists.
+
+Any number of lenses is drawn in the same memory, and kept as it is drawn: after an interruption the same command goes on
+where it stopped, in OUT/unfinished-HASH; another request has a folder of its own.
+
+--format writes others than .npz, or several: npy, fits (a cube with the facts in its header, and a table), hdf5, and png, a
+folder of 16 bits of grey each; of npy and png samples.csv has the seeds. samples.json says how they were made.
+--gif shows how the first lenses come about; --trajectory keeps it of all, as trajectory.npy (n, evaluations, C, H, W) and,
+of the first, as trajectory.png, a row a lens.
 
 A conditional model (configs/stage2/conditional.yaml) can be asked for lenses: `lens-ldm sample MODEL --help` says for which.
 lens-ldm sample checkpoints/conditional --theta-E 1.2 --x-s 0.1:0.3
@@ -18,13 +27,16 @@ only the shards that are missing; once joined they can be deleted.
 
 import argparse
 import contextlib
+import hashlib
 import json
+import math
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,18 +45,37 @@ from tqdm import tqdm
 
 from shared.checkpoint import read_config, versions
 from shared.cli import Parser, above_zero, guard, part, positive, share, zero_or_above
+from shared.data.export import FORMATS, Stack, check_formats, write_npy
 from shared.data.formats import CONDITION
 from shared.errors import UserError
 from shared.files import make_folder
 from shared.precision import check_device
 from shared.processes import rank, world
 from shared.registry import names
+from shared.report import gif, grid, save_grid
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.generator import Generator
-from stage2_diffusion.shards import join, read_shard, save_samples, shard_files
+from stage2_diffusion.shards import (
+    SPEED,
+    Pieces,
+    Results,
+    disk_errors,
+    first_of,
+    folder_of,
+    hold,
+    join,
+    read_shard,
+    shard_files,
+    stack_of,
+    write_samples,
+)
 
 # A model has its own defaults of both.
 SETTINGS, GUIDANCE = ("sampler", "steps", "shift", "eta"), ("guidance", "guidance_interval")
+GIF, TRAJECTORY = "denoising.gif", "trajectory.npy"
+FILMED, FRAMES = 16, 24
+ROWS, COLUMNS = 8, 12  # of trajectory.png
+HELD = 1 << 27  # bytes of trajectories held at once
 SEEDS = 2**32  # what torch's CPU generator tells apart
 
 
@@ -66,7 +97,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{parts} shards of {count} lenses: some would be empty, ask for fewer shards")
     for line in conditions.warnings(asked):
         print(line, file=sys.stderr)
+    if parts > 1 and (a.gif or a.trajectory):
+        raise UserError(
+            "--gif and --trajectory are of lenses that one process draws: leave them out, or draw no shards"
+        )
     generator = load_model(a)
+    check_formats(a.format, generator.autoencoder.image_shape)
     guide = Generator.from_pretrained(a.guide, check_device(a.device), a.trust) if a.guide else None
     settings = chosen_settings(a, generator, guide, asked)
     make_folder(a.out)
@@ -75,29 +111,140 @@ def main(argv: list[str] | None = None) -> None:
         "first_seed": a.seed, "count": count, **generator.autoencoder.transform.to_config(),
     }  # fmt: skip
     if asked:
-        request["conditions"] = texts
+        values = [[name, given.tolist()] for name, given in sorted(asked.items())]  # a table of that name may change
+        request |= {"conditions": texts, "conditions_sha256": hashlib.sha256(json.dumps(values).encode()).hexdigest()}
     if guide is not None:
         request |= {"guide": str(a.guide), "guide_sha256": guide.config["sha256"]}
     request = json.loads(json.dumps(request))  # as a file would give it back
+    if a.compile:
+        generator.denoiser.backbone.compile()
     files = shard_files(a.out, parts)
-    mine, own = files[number - 1], slice(count * (number - 1) // parts, count * number // parts)
-    if parts > 1 and read_shard(mine, request) is not None:
-        print(f"{mine} is complete")
-    else:
-        if a.compile:
-            generator.denoiser.backbone.compile()
-        asked = {name: values[own] for name, values in asked.items()}
-        options = {**settings, "guide": guide, "cond": asked, "batch_size": a.batch_size, "observed": not a.clean}
-        started = time.perf_counter()
-        images = draw(generator, seeds[own], **options)
-        seconds = time.perf_counter() - started
-        speed = {"lenses_per_second": round(len(images) / seconds, 2)}
-        arrays = {"images": images.numpy(), "seeds": np.asarray(seeds[own], np.int64)}
-        arrays |= {CONDITION + name: values for name, values in asked.items()}
-        save_samples(mine, arrays, {**request, "device": str(generator.device), **speed, "versions": versions()})
-        print(f"{mine}: {len(images)} lenses in {seconds:.1f} s ({len(images) / seconds:.1f} a second)")
-    if parts > 1:
-        join(files, request)
+    own = slice(count * (number - 1) // parts, count * number // parts)
+    asked = {name: given[own] for name, given in asked.items()}
+    drawing = Drawing(generator, seeds[own], asked, {**settings, "guide": guide}, not a.clean, a.batch_size)
+    with disk_errors(a.out):
+        if parts == 1:
+            finish(drawing, a, request)
+        else:
+            draw_shard(drawing, files[number - 1], request)
+            join(files, request, a.format)
+
+
+class Drawing(NamedTuple):
+    """Lenses that one process draws."""
+
+    generator: Generator
+    seeds: range
+    asked: dict[str, np.ndarray]  # {name: (n,)}
+    settings: dict[str, Any]
+    observed: bool
+    batch_size: int
+
+    def stack(self, work: Path, request: dict[str, Any]) -> Stack:
+        """All of them, of which those that are not in the folder yet are drawn."""
+        pieces, generator = Pieces(work / "images", len(self.seeds)), self.generator
+        gaps = pieces.gaps()
+        with bar(len(self.seeds), "sampling", len(self.seeds) - sum(map(len, gaps))) as shown:
+            for gap in gaps:
+                cond = {name: values[gap.start : gap.stop] for name, values in self.asked.items()}
+                options = {**self.settings, "observed": self.observed, "batch_size": self.batch_size}
+                first, begun = gap.start, time.perf_counter()
+                for chunk, images in generator.sample(self.seeds[gap.start : gap.stop], cond, **options):
+                    rows = images.cpu().numpy()
+                    pieces.add(first, rows, time.perf_counter() - begun)
+                    first, begun = first + len(chunk), time.perf_counter()
+                    shown.update(len(chunk))
+        columns = {"seeds": np.asarray(self.seeds, np.int64)}
+        columns |= {CONDITION + name: values for name, values in self.asked.items()}
+        about = {**request, "device": str(generator.device), "versions": versions()}
+        seconds = pieces.seconds()
+        print(f"{len(self.seeds)} lenses in {seconds:.1f} s ({len(self.seeds) / seconds:.1f} a second)")
+        measured = {SPEED: round(len(self.seeds) / seconds, 2)}
+        shape = (len(self.seeds), *generator.autoencoder.image_shape)
+        return Stack(shape, pieces.blocks, columns, about, measured)
+
+    def trajectory(self, first: int, stop: int, every: int) -> list[Tensor]:
+        """`Generator.trajectory` of some of them."""
+        cond = {name: values[first:stop] for name, values in self.asked.items()}
+        return self.generator.trajectory(self.seeds[first:stop], cond, every=every, **self.settings)
+
+
+def finish(drawing: Drawing, options: argparse.Namespace, request: dict[str, Any]) -> None:
+    """Whatever of what the options ask for is not in the folder yet."""
+    out, results = options.out, Results(options.out, request)
+    missing = [key for key in options.format if not results.has(FORMATS[key][0])]
+    gif = options.gif and not results.has(GIF)
+    every = options.trajectory if options.trajectory and not results.has(TRAJECTORY, every=options.trajectory) else 0
+    if not (missing or gif or every):
+        print(f"{out} is complete")
+        return
+    for key in missing:
+        results.require_place(FORMATS[key][0])
+    work = folder_of(out, request)
+    with hold(work) as ours:
+        if not ours:
+            raise UserError(f"another process draws these lenses into {out}: wait for it, or choose another --out")
+        whole = out / FORMATS["npz"][0]
+        metadata = read_shard(whole, request)
+        about = {**request, "versions": versions()}
+        if missing:
+            stack = drawing.stack(work, request) if metadata is None else stack_of([whole], [metadata])
+            write_samples(results, missing, stack, work)
+        if gif:
+            save_gif(drawing, work / GIF)
+            results.place(work / GIF, GIF, about)
+        if every:
+            save_trajectory(drawing, every, work, results, about)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def draw_shard(drawing: Drawing, file: Path, request: dict[str, Any]) -> None:
+    """One shard of several, unless it is there already."""
+    if read_shard(file, request) is not None:
+        print(f"{file} is complete")
+        return
+    work = folder_of(file.parent, request, file.name)
+    with hold(work) as ours:
+        if not ours:
+            raise UserError(f"another process draws {file}: each shard has one")
+        results = Results(file.parent, request)
+        write_samples(results, ["npz"], drawing.stack(work, request), work, file.name)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def save_gif(drawing: Drawing, path: Path) -> None:
+    """The denoising of the first lenses as an animation."""
+    states = drawing.trajectory(0, min(FILMED, len(drawing.seeds)), -(-drawing.settings["steps"] // FRAMES))
+    transform = drawing.generator.autoencoder.transform
+    title = "what each is taken to be, {} of {}"
+    frames = [grid(transform.unit(x), 4, title=title.format(k + 1, len(states))) for k, x in enumerate(states)]
+    path.write_bytes(gif(frames))
+
+
+def save_trajectory(drawing: Drawing, every: int, work: Path, results: Results, about: dict[str, Any]) -> None:
+    """trajectory.npy (n, evaluations, C, H, W), and the first as trajectory.png, a row a lens."""
+    transform, n = drawing.generator.autoencoder.transform, len(drawing.seeds)
+    pieces = Pieces(work / f"trajectory-{every}", n)
+    held = 4 * math.prod(drawing.generator.autoencoder.image_shape) * -(-drawing.settings["steps"] // every)
+    size = max(1, min(drawing.batch_size, HELD // held))
+    gaps = pieces.gaps()
+    with bar(n, "trajectories", n - sum(map(len, gaps))) as shown:
+        for gap in gaps:
+            for first in range(gap.start, gap.stop, size):
+                begun, stop = time.perf_counter(), min(first + size, gap.stop)
+                states = torch.stack(drawing.trajectory(first, stop, every), 1)
+                pieces.add(first, states.numpy(), time.perf_counter() - begun)
+                shown.update(len(states))
+    first_rows = np.concatenate([*first_of(pieces.blocks(), ROWS)])
+    write_npy(work / TRAJECTORY, Stack((n, *first_rows.shape[1:]), pieces.blocks))
+    results.place(work / TRAJECTORY, TRAJECTORY, about, every=every)
+    columns = np.unique(np.linspace(0, first_rows.shape[1] - 1, COLUMNS).round().astype(int))
+    shown_rows = torch.from_numpy(first_rows[:, columns]).flatten(0, 1)
+    title = f"what each lens is taken to be at evaluation {', '.join(str(1 + every * k) for k in columns[:-1])} and the last"
+    save_grid(
+        results.out / "trajectory.png", transform.unit(shown_rows), columns=len(columns), title=title, metadata=about
+    )
+    print(f"{results.out / TRAJECTORY}: {n} x {first_rows.shape[1]} images")
 
 
 def build_parser(conditions: Conditions | None) -> argparse.ArgumentParser:
@@ -121,6 +268,14 @@ def build_parser(conditions: Conditions | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--shard", type=part, metavar="K/N", help="draw the K-th of N parts, K from 1 (see above)")
     parser.add_argument("--compile", action="store_true", help="torch.compile: a minute once, then faster on a GPU")
+    parser.add_argument(
+        "--format", nargs="+", choices=FORMATS, default=["npz"], help="of the samples, one or several (default: npz)"
+    )
+    parser.add_argument("--gif", action="store_true", help=f"the denoising of the first {FILMED}, as {GIF}")
+    parser.add_argument(
+        "--trajectory", type=positive, nargs="?", const=1, default=0, metavar="K",
+        help="every K-th estimate of each lens on the way, the first and the last always (default: K = 1)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder (default %(default)s)")
     if conditions is not None and conditions.entries:
         group = parser.add_argument_group(
@@ -232,14 +387,19 @@ def seed_range(first: int, count: int) -> range:
     return range(first, first + count)
 
 
-def draw(generator: Generator, seeds: range, progress: bool = True, **options: Any) -> Tensor:
-    """`Generator.sample` with a progress bar in lenses a second: (N, C, H, W) on the CPU."""
-    with tqdm(total=len(seeds), unit="lens", desc="sampling", disable=None if progress else True, leave=False) as bar:
+def draw(generator: Generator, seeds: range, **options: Any) -> Tensor:
+    """All of `Generator.sample` with a progress bar: (N, C, H, W) on the CPU."""
+    with bar(len(seeds), "sampling") as shown:
         parts = []
         for chunk, images in generator.sample(seeds, **options):
             parts.append(images.cpu())
-            bar.update(len(chunk))
+            shown.update(len(chunk))
     return torch.cat(parts)
+
+
+def bar(total: int, what: str, done: int = 0) -> tqdm:
+    """A progress bar in lenses a second, on a terminal."""
+    return tqdm(total=total, initial=done, unit="lens", desc=what, disable=None, leave=False)
 
 
 def _interval(text: str) -> tuple[float, float]:

@@ -193,7 +193,7 @@ def test_a_users_mistakes_get_one_line(at_home: Path, capsys: pytest.CaptureFixt
         assert f"config.json has no '{key}'" in told(f"without-{key}", "--reference", "data")
     Path("taken/metrics.json").mkdir(parents=True)
     assert "there is a folder of that name" in told("model", "--reference", "data", "--count", "4", "--out", "taken")
-    assert "makes images (1, 150, 150)" in told("model", "--reference", "data", "--fit", "3")
+    assert "makes images (1, 150, 150)" in told("model", "--reference", "data", "--fit", "3", "--preset", "deeplense")
     assert "no preset and no file" in told("model", "--reference", "data", "--fit", "3", "--preset", "deeplens")
     assert "cuda" in told("model", "--reference", "data", "--device", "cuda:99")
     simulate_to(Path("counts"), preset(scaling="none"), 40, 0, workers=1, progress=False)
