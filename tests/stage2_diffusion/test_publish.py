@@ -48,11 +48,13 @@ def scores(model: Path, **more: Any) -> None:
     """An evaluation of a run, as `lens-ldm evaluate` leaves it."""
     one = {"distance": 1.5, "floor": 1.0, "floor_sd": 0.1, "excess": 0.5, "n": 100}
     share = {"n": 50, "share": 0.8, "interval": [0.67, 0.89]}
+    real = {"n": 50, "share": 0.96, "interval": [0.87, 0.99]}
     physics = {"flux": {"w1": 3.0, "floor": 1.0, "ratio": 3.0, "p_holm": 1e-6}}
     metrics = {
         "model": "m", "reference": "/somewhere/of/mine/noise", "weights_sha256": read_config(model)["sha256"],
         "distances": {"fd_efflite0": {"samples": one, "reconstructions": one}}, "physics": {"samples": physics},
-        "lens_fits": {"samples": share, "real": {**share, "share": 0.96}},
+        "spectrum": {"k": [0.1], "samples": {"mean": [1.0], "mean_low": [0.9], "mean_high": [1.1]}},
+        "population": {"samples": {}}, "lens_fits": {"samples": share, "real": real},
         "cost": {"gflop": 0.25, "milliseconds": 7.5, "device": "cpu", "threads": 2}, **more,
     }  # fmt: skip
     folder = model.parent / "evaluation"
