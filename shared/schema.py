@@ -316,6 +316,13 @@ class Custom(Block):
         return _check(path, found, f"there is no module {package!r}: install it, or put its folder into PYTHONPATH")
 
 
+class Pixels(Block):
+    """Of `autoencoder: pixels`: smaller images to diffuse; samples are enlarged again."""
+
+    size: int | None = key(None, "resize the shorter side to so many pixels, by antialiased interpolation", ge=4)
+    crop: int | None = key(None, "before that, keep a square of so many pixels in the centre", ge=4)
+
+
 class Diffusion(Block):
     schedule: Literal["linear", "cosine", "sigmoid", "flow"] = key("flow", "how data becomes noise: alpha(t), sigma(t)")
     prediction: Literal["eps", "x0", "v", "velocity"] = key("velocity", "what the network is asked for")
@@ -325,6 +332,7 @@ class Diffusion(Block):
     shift: float = key(1.0, "of sigma/alpha; above 1: more of training and sampling at high noise", gt=0)
     weighting: Literal["uniform", "min_snr"] = key("uniform", "of the loss over t, whatever is predicted")
     gamma: float = key(5.0, "of min_snr: the signal-to-noise ratio from which on no error of x_0 counts more", gt=0)
+    ssim: float = key(0.0, "weight of 1 - structural similarity of the estimate of x_0 beside the squared error", ge=0)
     zero_terminal: bool | None = key(None, "t reaches pure noise; null: unless eps is predicted, which needs false")
 
     @field_validator("zero_terminal")
@@ -525,6 +533,7 @@ class Stage2(_Run):
 
     data: LabelledData
     autoencoder: str = key(..., "folder of a stage-1 run or model, or `pixels`", min_length=1)
+    pixels: Pixels = Pixels()
     backbone: Annotated[UNet | DiT | UViT | KarrasUNet | Custom, Field(discriminator="name")] = UNet()
     diffusion: Diffusion = Diffusion()
     condition: Condition = Condition()
@@ -533,6 +542,12 @@ class Stage2(_Run):
     ema: Averages = Averages()
     trainer: ScoredTrainer = ScoredTrainer()
     logger: Logger = Logger()
+
+    @field_validator("pixels")
+    @classmethod
+    def _are_diffused(cls, pixels: Pixels, info: ValidationInfo) -> Pixels:
+        fine = pixels == Pixels() or info.data.get("autoencoder", "pixels") == "pixels"
+        return _check(pixels, fine, "size and crop are for autoencoder pixels: a trained one has a size of its own")
 
     @field_validator("sampling")
     @classmethod

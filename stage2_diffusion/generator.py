@@ -25,6 +25,7 @@ from stage2_diffusion.guidance import autoguidance, classifier_free
 from stage2_diffusion.samplers import Denoise, SeededNoise
 from stage2_diffusion.schedule import NoiseSchedule
 
+SSIM_SIDE = 6
 LATENT_NOISE, PIXEL_NOISE = 0, 1  # streams of a sample's seed, so that another sampler leaves the pixel noise alone
 
 
@@ -253,7 +254,12 @@ def build_denoiser(
         # eps is asked what noise hid x_0, and from pure noise there is no answer: its schedule stops short of it.
         d["zero_terminal"] = d["prediction"] != "eps"
     schedule = NoiseSchedule(d["schedule"], zero_terminal=d["zero_terminal"], shift=d["shift"])
-    training = {key: d[key] for key in ("time_mean", "time_std", "weighting", "gamma") if key in d}
+    training = {key: d[key] for key in ("time_mean", "time_std", "weighting", "gamma", "ssim") if key in d}
+    if d.get("ssim") and min(latent_shape[1:]) < SSIM_SIDE:
+        raise UserError(
+            f"diffusion.ssim looks through a window that latents of {latent_shape[1]} x {latent_shape[2]} do not fill: "
+            f"they need {SSIM_SIDE} a side; set it to 0"
+        )
     told = conditions or Conditions()
     width = sum(told.groups) + len(told.groups)  # with their flags
     return Denoiser(

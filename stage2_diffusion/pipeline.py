@@ -36,9 +36,11 @@ def train(config: Stage2, resume: str = "auto") -> Path:
     if isinstance(config.backbone, Custom):
         trust(config.backbone.class_path)
     images = LensImages(config.data.path)
-    autoencoder, autoencoder_config = load_autoencoder(config.autoencoder, images.image_shape, images.transform)
-    turned = turns(images, config.data.augment)
     blocks = to_dict(config)
+    autoencoder, autoencoder_config = load_autoencoder(
+        config.autoencoder, images.image_shape, images.transform, blocks["pixels"]
+    )
+    turned = turns(images, config.data.augment)
     conditions = Conditions.learn(blocks["condition"], images, images.split("train"), turned)
     made_from = {"data": images.fingerprint, "autoencoder": fingerprint(config.autoencoder), **turned.fingerprint}
     run = Run(config, resume)

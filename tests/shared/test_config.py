@@ -19,7 +19,13 @@ from shared.schema import Ablation, Distill, DiT, Quickstart, Stage1, Stage2, UN
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml") if p.parent.name != "simulate")
-SCHEMAS: dict[str, type[BaseModel]] = {"stage1": Stage1, "stage2": Stage2, "ablations": Ablation, "": Quickstart}
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "stage1": Stage1,
+    "stage2": Stage2,
+    "ablations": Ablation,
+    "": Quickstart,
+    "baselines": Stage2,
+}
 MINIMAL = "name: run\nautoencoder: pixels\ndata: {path: data/x}\n"
 
 
@@ -186,7 +192,7 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_place(write):
     write("base.yaml", MINIMAL + "backbone: {name: dit, width: 100, dept: 3}\ndiffusion: {schedule: cosine}\n")
     write("run.yaml", "base: base.yaml\ntrainer: {max_steps: soon, precison: fp32}\nlr: 1e-3\n")
     known = (
-        "(known: name, seed, output, data, autoencoder, backbone, diffusion, condition, sampling, optimizer, ema, "
+        "(known: name, seed, output, data, autoencoder, pixels, backbone, diffusion, condition, sampling, optimizer, ema, "
         "trainer, logger"
     )
     trainer = (
@@ -317,6 +323,8 @@ def test_wrong_types_and_bounds_are_refused(override, problem):
          "command line: loss.feature_matching: needs a discriminator: set adversarial greater than 0"),
         (Stage1, "stage1/vqvae", ["loss.adversarial=0.1", "trainer.max_steps=1000"],
          "command line: trainer: max_steps 1000 must exceed loss.adversarial_start 1000"),
+        (Stage2, "stage2/unet", ["pixels.size=64"],
+         "command line: pixels: size and crop are for autoencoder pixels: a trained one has a size of its own"),
         (Quickstart, "quickstart", ["samples.count=499"],
          "configs/quickstart.yaml: evaluate: count 500 is more than 499, samples.count"),
         (Quickstart, "quickstart", ["data.count=4999"],
