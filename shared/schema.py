@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 from collections import Counter
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -232,6 +232,12 @@ class Noise(Block):
 # --- stage 2 ----------------------------------------------------------------------------------------------------------
 
 
+def _levels_exist(attention: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+    levels = len(info.data.get("multipliers", ())) or 1 + max(attention, default=0)
+    wrong = [level for level in attention if level >= levels]
+    return _check(attention, not wrong, f"no level {wrong}: multipliers make levels 0 to {levels - 1}")
+
+
 class UNet(Block):
     """A convolutional U-Net."""
 
@@ -247,9 +253,7 @@ class UNet(Block):
     @field_validator("attention")
     @classmethod
     def _levels(cls, attention: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        levels = len(info.data.get("multipliers", ())) or 1 + max(attention, default=0)
-        wrong = [level for level in attention if level >= levels]
-        return _check(attention, not wrong, f"no level {wrong}: multipliers make levels 0 to {levels - 1}")
+        return _levels_exist(attention, info)
 
     @field_validator("heads")
     @classmethod
@@ -410,6 +414,33 @@ class Sampling(Block):
         return _check(tune, fine, "needs a sampler that draws no noise on the way: not ddpm, nor eta above 0")
 
 
+class GAN(Block):
+    """The generator: transposed convolutions with self-attention."""
+
+    name: Literal["sagan"] = "sagan"
+    noise: int = key(128, "numbers that a sample is made of", ge=1)
+    width: int = key(64, "channels on the finest grid", ge=1)
+    multipliers: Counts = key((1, 2, 4), "of the width, one a grid from the finest; each is half of the one before")
+    attention: Levels = key((1,), "grids with self-attention; 0 is the finest")
+
+    @field_validator("attention")
+    @classmethod
+    def _levels(cls, attention: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        return _levels_exist(attention, info)
+
+
+class Adversary(Block):
+    """The discriminator, and how the two learn against each other."""
+
+    width: int = key(64, "channels of its first layer", ge=1)
+    strides: int = key(
+        2, "layers that halve the grid: it judges patches of 26 pixels with 2, 54 with 3, 110 with 4", ge=1
+    )
+    lr: float = key(2e-4, "its learning rate", gt=0)
+    updates: int = key(3, "steps of the discriminator to one of the generator", ge=1)
+    smoothing: float = key(0.1, "labels are this for samples and 1 less this for real ones", ge=0, lt=0.5)
+
+
 # --- both stages ------------------------------------------------------------------------------------------------------
 
 
@@ -435,6 +466,15 @@ class Optimizer(Block):
     warmup_steps: int = key(100, "linear rise from 0", ge=0)
     decay: Literal["linear", "cosine", "constant"] = key("linear", "after the rise, down to 1 %")
     gradient_clip: float = key(1.0, "largest norm of the gradient; 0: any", ge=0)
+
+
+class Adam(Optimizer):
+    name: Literal["muon", "adamw"] = key("adamw", "without weight decay this is Adam")
+    lr: float = key(2e-4, "of the generator", gt=0)
+    betas: Annotated[tuple[Share, Share], Strict(False)] = key((0.5, 0.999), "of both sides")
+    warmup_steps: int = key(0, "linear rise from 0", ge=0)
+    decay: Literal["linear", "cosine", "constant"] = key("constant", "after the rise, down to 1 %")
+    gradient_clip: float = key(0.0, "largest norm of the generator's gradient; 0: any", ge=0)
 
 
 class EMA(Block):
@@ -528,12 +568,43 @@ class Stage1(_Run):
         return _check(trainer, trainer.max_steps > start, what)
 
 
-class Stage2(_Run):
-    """configs/stage2: diffusion on the latents of an autoencoder, or on pixels."""
-
-    data: LabelledData
+class _OnLatents(_Run):
     autoencoder: str = key(..., "folder of a stage-1 run or model, or `pixels`", min_length=1)
     pixels: Pixels = Pixels()
+
+    @field_validator("pixels")
+    @classmethod
+    def _are_diffused(cls, pixels: Pixels, info: ValidationInfo) -> Pixels:
+        fine = pixels == Pixels() or info.data.get("autoencoder", "pixels") == "pixels"
+        return _check(pixels, fine, "size and crop are for autoencoder pixels: a trained one has a size of its own")
+
+
+class Adversarial(_OnLatents):
+    """configs/stage2/gan.yaml: a GAN on the latents of an autoencoder, or on pixels."""
+
+    gan: GAN = GAN()
+    adversary: Adversary = Adversary()
+    optimizer: Adam = Adam()
+    ema: EMA = EMA()
+    trainer: ScoredTrainer = ScoredTrainer()
+    logger: Logger = Logger()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_evaluation(cls, tree: Any) -> Any:
+        foreign = [
+            k for k in ("backbone", "diffusion", "condition", "sampling") if isinstance(tree, dict) and k in tree
+        ]
+        what = f"a gan makes a lens of noise in one evaluation and is told nothing: leave out {', '.join(foreign)}"
+        return _check(tree, not foreign, what)
+
+
+class Stage2(_OnLatents):
+    """configs/stage2: diffusion on the latents of an autoencoder, or on pixels."""
+
+    instead: ClassVar = {"gan": Adversarial}  # a config with that block is one of another schema
+
+    data: LabelledData
     backbone: Annotated[UNet | DiT | UViT | KarrasUNet | Custom, Field(discriminator="name")] = UNet()
     diffusion: Diffusion = Diffusion()
     condition: Condition = Condition()
@@ -542,12 +613,6 @@ class Stage2(_Run):
     ema: Averages = Averages()
     trainer: ScoredTrainer = ScoredTrainer()
     logger: Logger = Logger()
-
-    @field_validator("pixels")
-    @classmethod
-    def _are_diffused(cls, pixels: Pixels, info: ValidationInfo) -> Pixels:
-        fine = pixels == Pixels() or info.data.get("autoencoder", "pixels") == "pixels"
-        return _check(pixels, fine, "size and crop are for autoencoder pixels: a trained one has a size of its own")
 
     @field_validator("sampling")
     @classmethod

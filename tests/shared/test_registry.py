@@ -19,11 +19,13 @@ INTERFACE = {
     "autoencoder": {"image_shape", "transform"},
     "quantizer": {"channels"},
     "backbone": {"latent_shape", "cond_dim"},
+    "gan": {"latent_shape"},
 }
 SCHEMAS = {
     "autoencoder": [schema.VQVAE],
     "quantizer": get_args(schema.VQVAE.model_fields["quantizer"].annotation),
     "backbone": get_args(schema.Stage2.model_fields["backbone"].annotation),
+    "gan": [schema.GAN],
 }
 CONFIGURED = [(kind, block.model_fields["name"].default, block) for kind, blocks in SCHEMAS.items() for block in blocks]
 
