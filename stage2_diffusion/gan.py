@@ -30,6 +30,8 @@ COLLAPSED = 0.5  # samples less than that far apart, as a share of how far real 
 class SelfAttention(nn.Module):
     """x + gain * attention over the grid, the gain 0 at first (Zhang et al. 2019, Eq. 2 and 3)."""
 
+    recomputable = True  # with trainer.checkpoint_gradients
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shared.errors import UserError
 from shared.patchgan import Discriminator
 from shared.registry import build
 from shared.schema import Adversarial, Distill, Stage2
+from shared.training import recompute_blocks
 from stage2_diffusion.distillation import distill
 from stage2_diffusion.evaluate import cost
 from stage2_diffusion.gan import GANModule, SelfAttention, Synthesis, spread
@@ -88,6 +90,24 @@ def test_attention_starts_as_the_identity_and_is_softmax_of_products() -> None:
     weights = torch.softmax(q.mT @ k / 2, -1)  # of sqrt(4) channels
     expected = x + 0.5 * block.out((v @ weights.mT).unflatten(2, (3, 5)))
     torch.testing.assert_close(block(x), expected)
+
+
+def test_attention_that_is_computed_twice_has_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    net = Synthesis((1, 12, 12), noise=6, width=8, multipliers=(1, 2), attention=(0, 1))
+    for block in (module for module in net.modules() if isinstance(module, SelfAttention)):
+        nn.init.ones_(block.gain)
+    twice, z = deepcopy(net), torch.randn(3, *net.noise_shape)
+    recompute_blocks(twice)
+    calls: list[nn.Module] = []
+    for block in (module for module in twice.modules() if isinstance(module, SelfAttention)):
+        block.qkv.register_forward_hook(lambda module, *_: calls.append(module))
+    for one in (net, twice):
+        one(z).square().sum().backward()
+    assert len(calls) == 4  # two blocks, forward and again
+    for ours, theirs in zip(twice.parameters(), net.parameters(), strict=True):
+        assert ours.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize(("strides", "patch"), [(1, 12), (2, 26), (3, 54), (4, 110)])
