@@ -1,4 +1,4 @@
-"""The contract between the stages, and `Pixels`, the autoencoder that does nothing.
+"""The contract between the stages, and `Pixels`, the autoencoder that learns nothing.
 
 Stage 2 knows of stage 1 what is written here and no more: two shapes, `encode` and `decode`. Scale, padding, the
 quantiser and the pixel noise are the autoencoder's own business, so no caller can forget one of them.
@@ -7,6 +7,7 @@ quantiser and the pixel noise are the autoencoder's own business, so no caller c
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.data.normalise import PixelTransform
@@ -115,16 +116,46 @@ class Autoencoder(nn.Module):
 
 
 class Pixels(Autoencoder):
-    """The identity, which turns stage 2 into diffusion on pixels: the literature's baselines without a second code path.
+    """The pixels themselves, which turns stage 2 into diffusion on pixels: the literature's baselines without a second
+    code path. The identity, unless images are to be diffused smaller than they are.
+
+    size   of the shorter side, to which `encode` resizes by antialiased bilinear interpolation, and `decode` back
+    crop   side of the square in the centre that is kept, before that. Beyond it `decode` mirrors what is within, which
+           for a lens in the centre is sky with its noise
+    UserError for a crop that cannot be in the centre, or has too little to mirror
 
     Its statistics make the pixels zero-mean and of unit variance; its decoder clips to the data's range once, at the end.
     """
 
-    def __init__(self, image_shape: Shape, transform: PixelTransform) -> None:
-        super().__init__(image_shape, image_shape, transform)
+    def __init__(
+        self, image_shape: Shape, transform: PixelTransform, *, size: int | None = None, crop: int | None = None
+    ) -> None:
+        channels, *sides = _shape(image_shape)
+        margins = [0 if crop is None else side - crop for side in sides]
+        if any(
+            margin < 0 or margin % 2 or margin // 2 >= side - margin
+            for margin, side in zip(margins, sides, strict=True)
+        ):
+            raise UserError(
+                f"pixels.crop {crop} is no square in the centre of images of {sides[0]} x {sides[1]}: take one that is "
+                "smaller by an even number of pixels, and larger than a third of them"
+            )
+        self.inner = [side - margin for side, margin in zip(sides, margins, strict=True)]
+        self.margins = [margin // 2 for margin in margins]
+        self.small = [max(1, round(side * size / min(self.inner))) for side in self.inner] if size else self.inner
+        super().__init__(image_shape, _shape((channels, *self.small)), transform)
 
     def to_raw(self, scaled: Tensor) -> Tensor:
-        return scaled
+        (top, left), (height, width) = self.margins, self.inner
+        return _resized(scaled[..., top : top + height, left : left + width], self.small)
 
     def from_raw(self, raw: Tensor) -> tuple[Tensor, None]:
-        return raw.clamp(-1.0, 1.0), None
+        (top, left), inner = self.margins, _resized(raw, self.inner).clamp(-1.0, 1.0)
+        return F.pad(inner, (left, left, top, top), mode="reflect") if top or left else inner, None
+
+
+def _resized(images: Tensor, sides: Sequence[int]) -> Tensor:
+    """Images (N, C, H, W) of other sides: each pixel the mean of those that it covers, as PIL and torchvision have it."""
+    if list(images.shape[-2:]) == list(sides):
+        return images
+    return F.interpolate(images, list(sides), mode="bilinear", antialias=True)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
@@ -224,15 +225,16 @@ def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
 
 
 def load_autoencoder(
-    path: str, image_shape: tuple[int, int, int], transform: PixelTransform
+    path: str, image_shape: tuple[int, int, int], transform: PixelTransform, pixels: Mapping[str, Any] | None = None
 ) -> tuple[Autoencoder, dict]:
     """What stage 2 stands on: a model of stage 1, or `pixels`. Returns it with its `autoencoder_config`.
 
     image_shape, transform   of the data that it will meet; a model made for others is refused
+    pixels                   options of `pixels`
     """
     if path == "pixels":
-        model: Autoencoder = Pixels(image_shape, transform)
-        return model, autoencoder_config(model, {"name": "pixels"})
+        model: Autoencoder = Pixels(image_shape, transform, **(pixels or {}))
+        return model, autoencoder_config(model, {"name": "pixels", **(pixels or {})})
     config, state = load(path, "autoencoder")
     model = build_autoencoder(config["autoencoder"], state)
     if model.image_shape != tuple(image_shape):

@@ -41,6 +41,7 @@ def load_config(
 
     overrides   as on a command line, ["--backbone.name", "dit", "--trainer.max_steps=100"], or a nested mapping
     label       what errors call the overrides
+    schema      or, where it has an attribute `instead`, {block: schema}, that of a config with such a block
     UserError   names every unknown key, wrong type and impossible combination at once, one a line
     """
     layers = [layer for file in files for layer in _file_layers(find_config(file))]
@@ -48,6 +49,7 @@ def load_config(
     merged: Tree = {}
     for _, tree in layers:
         merged = merge(merged, tree)
+    schema = next((other for key, other in _others(schema).items() if key in merged), schema)
     try:
         return schema.model_validate(merged)
     except ValidationError as error:
@@ -63,6 +65,8 @@ def parse_arguments(
     default_config   what `--config` is when it is not given
     """
     told = dict.fromkeys(describe(schema))  # once, what parts have in common
+    known = {key for key, _, _ in told}
+    told |= dict.fromkeys(row for other in _others(schema).values() for row in describe(other) if row[0] not in known)
     keys = "\n".join(f"  --{key:<44} {default:<16} {text}" for key, default, text in told)
     parser = Parser(
         description=description,
@@ -117,6 +121,11 @@ def to_dict(config: BaseModel) -> Tree:
 def to_yaml(config: BaseModel) -> str:
     """The resolved config, every key spelt out; `load_config` of it gives the same config."""
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _others(schema: type[Config]) -> dict[str, type[Config]]:
+    """{block: the schema of a config that has it}: such as a GAN among the configs of stage 2."""
+    return getattr(schema, "instead", {})
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

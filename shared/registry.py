@@ -34,6 +34,9 @@ PARTS: dict[str, dict[str, str]] = {
         "karras_unet": "stage2_diffusion.karras_unet:KarrasUNet",
         "custom": "stage2_diffusion.custom:custom",
     },
+    "gan": {
+        "sagan": "stage2_diffusion.gan:Synthesis",
+    },
     "sampler": {
         "ddpm": "stage2_diffusion.samplers:ddpm",
         "ddim": "stage2_diffusion.samplers:ddim",

@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 from collections import Counter
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -232,6 +232,12 @@ class Noise(Block):
 # --- stage 2 ----------------------------------------------------------------------------------------------------------
 
 
+def _levels_exist(attention: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+    levels = len(info.data.get("multipliers", ())) or 1 + max(attention, default=0)
+    wrong = [level for level in attention if level >= levels]
+    return _check(attention, not wrong, f"no level {wrong}: multipliers make levels 0 to {levels - 1}")
+
+
 class UNet(Block):
     """A convolutional U-Net."""
 
@@ -247,9 +253,7 @@ class UNet(Block):
     @field_validator("attention")
     @classmethod
     def _levels(cls, attention: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        levels = len(info.data.get("multipliers", ())) or 1 + max(attention, default=0)
-        wrong = [level for level in attention if level >= levels]
-        return _check(attention, not wrong, f"no level {wrong}: multipliers make levels 0 to {levels - 1}")
+        return _levels_exist(attention, info)
 
     @field_validator("heads")
     @classmethod
@@ -316,6 +320,13 @@ class Custom(Block):
         return _check(path, found, f"there is no module {package!r}: install it, or put its folder into PYTHONPATH")
 
 
+class Pixels(Block):
+    """Of `autoencoder: pixels`: smaller images to diffuse; samples are enlarged again."""
+
+    size: int | None = key(None, "resize the shorter side to so many pixels, by antialiased interpolation", ge=4)
+    crop: int | None = key(None, "before that, keep a square of so many pixels in the centre", ge=4)
+
+
 class Diffusion(Block):
     schedule: Literal["linear", "cosine", "sigmoid", "flow"] = key("flow", "how data becomes noise: alpha(t), sigma(t)")
     prediction: Literal["eps", "x0", "v", "velocity"] = key("velocity", "what the network is asked for")
@@ -325,6 +336,7 @@ class Diffusion(Block):
     shift: float = key(1.0, "of sigma/alpha; above 1: more of training and sampling at high noise", gt=0)
     weighting: Literal["uniform", "min_snr"] = key("uniform", "of the loss over t, whatever is predicted")
     gamma: float = key(5.0, "of min_snr: the signal-to-noise ratio from which on no error of x_0 counts more", gt=0)
+    ssim: float = key(0.0, "weight of 1 - structural similarity of the estimate of x_0 beside the squared error", ge=0)
     zero_terminal: bool | None = key(None, "t reaches pure noise; null: unless eps is predicted, which needs false")
 
     @field_validator("zero_terminal")
@@ -402,6 +414,33 @@ class Sampling(Block):
         return _check(tune, fine, "needs a sampler that draws no noise on the way: not ddpm, nor eta above 0")
 
 
+class GAN(Block):
+    """The generator: transposed convolutions with self-attention."""
+
+    name: Literal["sagan"] = "sagan"
+    noise: int = key(128, "numbers that a sample is made of", ge=1)
+    width: int = key(64, "channels on the finest grid", ge=1)
+    multipliers: Counts = key((1, 2, 4), "of the width, one a grid from the finest; each is half of the one before")
+    attention: Levels = key((1,), "grids with self-attention; 0 is the finest")
+
+    @field_validator("attention")
+    @classmethod
+    def _levels(cls, attention: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        return _levels_exist(attention, info)
+
+
+class Adversary(Block):
+    """The discriminator, and how the two learn against each other."""
+
+    width: int = key(64, "channels of its first layer", ge=1)
+    strides: int = key(
+        2, "layers that halve the grid: it judges patches of 26 pixels with 2, 54 with 3, 110 with 4", ge=1
+    )
+    lr: float = key(2e-4, "its learning rate", gt=0)
+    updates: int = key(3, "steps of the discriminator to one of the generator", ge=1)
+    smoothing: float = key(0.1, "labels are this for samples and 1 less this for real ones", ge=0, lt=0.5)
+
+
 # --- both stages ------------------------------------------------------------------------------------------------------
 
 
@@ -427,6 +466,15 @@ class Optimizer(Block):
     warmup_steps: int = key(100, "linear rise from 0", ge=0)
     decay: Literal["linear", "cosine", "constant"] = key("linear", "after the rise, down to 1 %")
     gradient_clip: float = key(1.0, "largest norm of the gradient; 0: any", ge=0)
+
+
+class Adam(Optimizer):
+    name: Literal["muon", "adamw"] = key("adamw", "without weight decay this is Adam")
+    lr: float = key(2e-4, "of the generator", gt=0)
+    betas: Annotated[tuple[Share, Share], Strict(False)] = key((0.5, 0.999), "of both sides")
+    warmup_steps: int = key(0, "linear rise from 0", ge=0)
+    decay: Literal["linear", "cosine", "constant"] = key("constant", "after the rise, down to 1 %")
+    gradient_clip: float = key(0.0, "largest norm of the generator's gradient; 0: any", ge=0)
 
 
 class EMA(Block):
@@ -520,11 +568,43 @@ class Stage1(_Run):
         return _check(trainer, trainer.max_steps > start, what)
 
 
-class Stage2(_Run):
+class _OnLatents(_Run):
+    autoencoder: str = key(..., "folder of a stage-1 run or model, or `pixels`", min_length=1)
+    pixels: Pixels = Pixels()
+
+    @field_validator("pixels")
+    @classmethod
+    def _are_diffused(cls, pixels: Pixels, info: ValidationInfo) -> Pixels:
+        fine = pixels == Pixels() or info.data.get("autoencoder", "pixels") == "pixels"
+        return _check(pixels, fine, "size and crop are for autoencoder pixels: a trained one has a size of its own")
+
+
+class Adversarial(_OnLatents):
+    """configs/stage2/gan.yaml: a GAN on the latents of an autoencoder, or on pixels."""
+
+    gan: GAN = GAN()
+    adversary: Adversary = Adversary()
+    optimizer: Adam = Adam()
+    ema: EMA = EMA()
+    trainer: ScoredTrainer = ScoredTrainer()
+    logger: Logger = Logger()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_evaluation(cls, tree: Any) -> Any:
+        foreign = [
+            k for k in ("backbone", "diffusion", "condition", "sampling") if isinstance(tree, dict) and k in tree
+        ]
+        what = f"a gan makes a lens of noise in one evaluation and is told nothing: leave out {', '.join(foreign)}"
+        return _check(tree, not foreign, what)
+
+
+class Stage2(_OnLatents):
     """configs/stage2: diffusion on the latents of an autoencoder, or on pixels."""
 
+    instead: ClassVar = {"gan": Adversarial}  # a config with that block is one of another schema
+
     data: LabelledData
-    autoencoder: str = key(..., "folder of a stage-1 run or model, or `pixels`", min_length=1)
     backbone: Annotated[UNet | DiT | UViT | KarrasUNet | Custom, Field(discriminator="name")] = UNet()
     diffusion: Diffusion = Diffusion()
     condition: Condition = Condition()

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.parametrizations import spectral_norm
+
+from shared.patchgan import Discriminator
 
 BETAS = (0.5, 0.9)  # little momentum: what fools a discriminator moves with every step
 
@@ -27,29 +28,6 @@ def feature_distance(draws: Sequence[Tensor], real: Tensor) -> Tensor:
     first, second = draws
     unexplained = ((first - real) * (second - real)).mean()
     return unexplained / real.var((0, 2, 3), correction=0).mean().clamp_min(1e-8)
-
-
-class Discriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017) under spectral norms (Miyato et al. 2018), which judges patches 26 pixels wide.
-
-    images (N, channels, H, W) of any size -> logits (N, 1, h, w), [the features (N, c, h, w) of its three layers]
-    """
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([
-            spectral_norm(nn.Conv2d(channels, width, 4, stride=2, padding=2)),
-            spectral_norm(nn.Conv2d(width, 2 * width, 4, stride=2, padding=2)),
-            spectral_norm(nn.Conv2d(2 * width, 4 * width, 3, padding=1)),
-        ])  # fmt: skip
-        self.head = spectral_norm(nn.Conv2d(4 * width, 1, 3, padding=1))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x, features = images, []
-        for layer in self.layers:
-            x = F.leaky_relu(layer(x), 0.2)
-            features.append(x)
-        return self.head(x), features
 
 
 class Adversary(nn.Module):

@@ -1,6 +1,7 @@
 """A network made into a denoiser, D(x_t, t, cond) -> estimate of x_0, and the loss that trains it."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,22 @@ def min_snr(prediction: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tens
     return (alpha / sigma).square().clamp(max=gamma) * slope**2
 
 
+def similarity(estimate: Tensor, x_0: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of x_0 (N, c, h, w) and estimates of it -> (N,), 1 where they are equal.
+
+    Its constants are for a range, which is that of each x_0, from its darkest to its brightest value. Sides of 6 or more.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # seconds that no sampling needs
+
+    low, high = x_0.flatten(1).aminmax(dim=1)
+    low, span = (v[:, None, None, None] for v in (low, (high - low).clamp_min(1e-6)))
+    with torch.autocast(
+        x_0.device.type, enabled=False
+    ):  # bf16 has two digits, and variances are differences of squares
+        pair = (estimate - low) / span, (x_0 - low) / span
+        return cast(Tensor, structural_similarity_index_measure(*pair, data_range=1.0, reduction="none"))
+
+
 class Denoiser(nn.Module):
     """backbone(x_t, t, cond) made into D(x_t, t, cond) -> x_0.
 
@@ -72,6 +89,7 @@ class Denoiser(nn.Module):
                        §3.1); over 0 ... schedule.t_max, before the schedule's shift. On the flow schedule logit_normal
                        is EDM's log-normal sigma / alpha, of the same mean and deviation (Karras et al. 2022, Table 1)
     weighting          of the loss: uniform, or min_snr with gamma; see `min_snr`
+    ssim               weight in the loss of 1 - `similarity` of the estimate of x_0, at all times alike; 0: none
     groups             widths of the parts of a condition, side by side; a part that holds NaN is not known. None: one part
     always             how many of the first parts no sample loses
     cond_dropout       share of samples that lose all others in `loss`, in training mode
@@ -89,6 +107,7 @@ class Denoiser(nn.Module):
         cond_dropout: float = 0.1,
         weighting: str = "uniform",
         gamma: float = 5.0,
+        ssim: float = 0.0,
         groups: Sequence[int] | None = None,
         always: int = 0,
         cond_subsets: float = 0.0,
@@ -111,7 +130,7 @@ class Denoiser(nn.Module):
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
         self.time_distribution, self.time_mean, self.time_std = time_distribution, time_mean, time_std
         self.cond_dropout, self.cond_subsets, self.always = cond_dropout, cond_subsets, always
-        self.weighting, self.gamma = weighting, gamma
+        self.weighting, self.gamma, self.ssim = weighting, gamma, ssim
         if groups is None:
             groups = [width for width in [getattr(backbone, "cond_dim", 0) - 1] if width > 0]
         self.groups, self.cond_dim = groups, sum(groups)
@@ -133,7 +152,7 @@ class Denoiser(nn.Module):
         generator: torch.Generator | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> Tensor:
-        """Weighted mean squared error in the prediction's own space: (N,) for x_0 (N, c, h, w), cond (N, d) or None.
+        """Weighted mean squared error in the prediction's own space, and `ssim`: (N,) for x_0 (N, c, h, w), cond (N, d) or None.
 
         generator   of times, noise and dropped conditions; None: torch's global one
         share       (k, n): x_0 is the k-th of n equal parts of a batch, for all of which they are drawn: in n processes
@@ -148,10 +167,13 @@ class Denoiser(nn.Module):
         if cond is not None and self.training:
             draw = torch.rand(len(batch), len(self.groups) - self.always + 3, device=x_0.device, generator=generator)
             cond = self.dropped(cond, draw.chunk(parts)[part])
-        out = self.backbone(alpha * x_0 + sigma * eps, t, self._flagged(cond, x_0)).float()
+        x_t = alpha * x_0 + sigma * eps
+        out = self.backbone(x_t, t, self._flagged(cond, x_0)).float()
         error = (out - target(self.prediction, x_0, eps, alpha, sigma)).square().flatten(1).mean(1)
         if self.weighting == "min_snr":
             error = error * min_snr(self.prediction, alpha, sigma, self.gamma).flatten()
+        if self.ssim > 0:
+            error = error + self.ssim * (1 - similarity(to_x0(self.prediction, out, x_t, alpha, sigma), x_0))
         return error
 
     def _draw_times(self, n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:

@@ -40,6 +40,8 @@ def distill(config: Distill, resume: str = "auto") -> Path:
     teacher.precision = precision
     if before := teacher.config.get("distilled"):
         raise UserError(f"{config.teacher} is distilled itself and has no paths to learn: give its teacher, {before}")
+    if teacher.one_step:
+        raise UserError(f"{config.teacher} is a GAN and has no paths to learn: give a diffusion model")
     asked, of_data = conditions_asked(config, teacher)
     made_from = {"teacher": fingerprint(config.teacher), **of_data}
     run = Run(config, resume)

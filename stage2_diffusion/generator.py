@@ -25,6 +25,8 @@ from stage2_diffusion.guidance import autoguidance, classifier_free
 from stage2_diffusion.samplers import Denoise, SeededNoise
 from stage2_diffusion.schedule import NoiseSchedule
 
+SSIM_SIDE = 6
+ONE_STEP = {"sampler": "consistency", "steps": 1, "shift": 1.0, "eta": 0.0}  # what drawing from a GAN is
 LATENT_NOISE, PIXEL_NOISE = 0, 1  # streams of a sample's seed, so that another sampler leaves the pixel noise alone
 
 
@@ -50,6 +52,9 @@ class Generator:
         self.defaults = own | {"guidance": 1.0, "guidance_interval": (0.0, 1.0)} | (defaults or {})
         self.conditions = conditions or Conditions()
         self.config: dict[str, Any] = {}
+        # A GAN is a denoiser of pure noise, which need not have the shape of latents.
+        self.one_step: bool = getattr(denoiser, "one_step", False)
+        self.noise_shape: tuple[int, ...] = getattr(denoiser, "noise_shape", autoencoder.latent_shape)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str = "auto", trust: str | None = None) -> "Generator":
@@ -66,7 +71,10 @@ class Generator:
             parts[part][rest] = tensor
         autoencoder = build_autoencoder(config["autoencoder"], parts["autoencoder"])
         conditions = Conditions.from_config(config.get("conditions", {}))  # models from before there were any have none
-        denoiser = build_denoiser(config["backbone"], config["diffusion"], autoencoder.latent_shape, conditions)
+        if "gan" in config:
+            denoiser = build("gan", config["gan"], latent_shape=autoencoder.latent_shape)
+        else:
+            denoiser = build_denoiser(config["backbone"], config["diffusion"], autoencoder.latent_shape, conditions)
         fill(denoiser, parts["denoiser"], "denoiser")
         generator = cls(
             autoencoder, denoiser.requires_grad_(False), config["precision"], config["sampling"], conditions
@@ -95,8 +103,15 @@ class Generator:
         """What `sample` makes of these, under their names: the model's own for those that are None.
 
         One of shift and times is None: a grid comes of either. Without both it is the model's fitted grid, if it has one
-        for this sampler and number of steps.
+        for this sampler and number of steps. UserError for any of them where the model is a GAN.
         """
+        if self.one_step:
+            given = {"sampler": sampler, "steps": steps, "shift": shift, "eta": eta, "times": times}
+            if other := [k for k, value in given.items() if value not in (None, ONE_STEP.get(k))]:
+                raise UserError(
+                    f"this model is a GAN, which makes a lens in one evaluation without a sampler: leave out {other[0]}"
+                )
+            return {**ONE_STEP, "times": None}
         sampler, steps = sampler or self.defaults["sampler"], steps or self.defaults["steps"]
         if eta and sampler != "ddim":
             raise UserError(f"eta is for sampler ddim, {sampler} takes none: leave it out, or take ddim")
@@ -172,7 +187,7 @@ class Generator:
                 denoise = _watched(denoise, seen)
             with autocast(self.device, self.precision):
                 noise = SeededNoise(chunk, self.device, stream=LATENT_NOISE)
-                x_0 = run(denoise, self.denoiser.schedule, noise, self.autoencoder.latent_shape, steps, **options)
+                x_0 = run(denoise, self.denoiser.schedule, noise, self.noise_shape, steps, **options)
                 pixel_noise = SeededNoise(chunk, self.device, stream=PIXEL_NOISE).generators
                 images = x_0 if latents else self.autoencoder.decode(x_0, observed=observed, generator=pixel_noise)
             yield chunk, images.float()
@@ -224,6 +239,8 @@ class Generator:
                     "guidance needs a condition, such as theta_E, or a weaker model to be guided by (--guide)"
                 )
             return weight
+        if self.one_step or guide.one_step:
+            raise UserError("a GAN has no steps to be guided at, and guides none: leave out the guide")
         if guidance is None:
             raise UserError("a guide needs a weight, such as --guidance 1.5")
         mine, theirs = self.autoencoder.state_dict(), guide.autoencoder.state_dict()
@@ -274,7 +291,12 @@ def build_denoiser(
         # eps is asked what noise hid x_0, and from pure noise there is no answer: its schedule stops short of it.
         d["zero_terminal"] = d["prediction"] != "eps"
     schedule = NoiseSchedule(d["schedule"], zero_terminal=d["zero_terminal"], shift=d["shift"])
-    training = {key: d[key] for key in ("time_mean", "time_std", "weighting", "gamma") if key in d}
+    training = {key: d[key] for key in ("time_mean", "time_std", "weighting", "gamma", "ssim") if key in d}
+    if d.get("ssim") and min(latent_shape[1:]) < SSIM_SIDE:
+        raise UserError(
+            f"diffusion.ssim looks through a window that latents of {latent_shape[1]} x {latent_shape[2]} do not fill: "
+            f"they need {SSIM_SIDE} a side; set it to 0"
+        )
     told = conditions or Conditions()
     width = sum(told.groups) + len(told.groups)  # with their flags
     return Denoiser(

@@ -32,7 +32,45 @@ def save_previews(
     save_grid(folder / f"{step:07d}.png", pictures, columns=8, title=title)
 
 
-class DiffusionModule(StageModule):
+class SampledModule(StageModule):
+    """A network that is trained on frozen latents and sampled on the way; a subclass gives `generator`.
+
+    precision   of sampling: bf16 or fp32
+    distance    of samples from real images, for `score`; None: not measured
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        network: nn.Module,
+        batches: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+        count: int,
+        chances: Sequence[float],
+        autoencoder: Autoencoder,
+        precision: str,
+        distance: Distance | None = None,
+    ) -> None:
+        super().__init__(config, network, batches, count, chances)
+        # In a tuple, so that Lightning neither trains, moves nor saves what is frozen.
+        self.frozen = (autoencoder,)
+        self.sampling_precision, self.distance = precision, distance
+
+    def generator(self, network: Any) -> Generator:
+        """What draws samples from a network, with the autoencoder on this module's device."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def score(self) -> dict[str, float]:
+        every = self.config.trainer.score_every
+        if self.distance is None or self.trainer.global_step % every:
+            return {}
+        was_training = self.shadow.training
+        found = self.distance(self.generator(self.shadow))
+        self.shadow.train(was_training)
+        return found
+
+
+class DiffusionModule(SampledModule):
     network: Denoiser
 
     def __init__(
@@ -49,17 +87,14 @@ class DiffusionModule(StageModule):
         held_out_known: Mapping[str, np.ndarray] | None = None,
         distance: Distance | None = None,
     ) -> None:
-        super().__init__(config, network, batches, count, chances)
+        super().__init__(config, network, batches, count, chances, autoencoder, precision, distance)
         self.averages.extend(PowerEMA(network, length) for length in config.ema.lengths)
-        self.conditions, self.known, self.distance = conditions, held_out_known or {}, distance
+        self.conditions, self.known = conditions, held_out_known or {}
         self.held_out = held_out, conditions.vector(len(held_out), self.known)
         seen = batches(torch.arange(min(WATCHED, count)))  # none of them turned
         self.seen = (seen[0], seen[1]) if isinstance(seen, tuple) else (seen, None)
         self.memorisation = Memorisation()
         self.noise: torch.Generator | None = None  # of the loss; None: torch's global one
-        # In a tuple, so that Lightning neither trains, moves nor saves what is frozen.
-        self.frozen = (autoencoder,)
-        self.sampling_precision = precision
 
     @property
     def compiled_part(self) -> nn.Module:
@@ -119,17 +154,6 @@ class DiffusionModule(StageModule):
             save_previews(folder, self.trainer.global_step, self.generator(shadow), n, asked)
         shadow.train(was_training)
         return metrics
-
-    @torch.no_grad()
-    def score(self) -> dict[str, float]:
-        every = self.config.trainer.score_every
-        if self.distance is None or self.trainer.global_step % every:
-            return {}
-        shadow: Denoiser = self.shadow  # type: ignore[assignment]
-        was_training = shadow.training
-        found = self.distance(self.generator(shadow))
-        shadow.train(was_training)
-        return found
 
     def best_average(self) -> tuple[Denoiser, dict[str, float]]:
         """What to publish of the trained weights' averages, and the held-out error of each by its name, best first.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from shared.autoencoder import Autoencoder
@@ -17,13 +17,15 @@ from shared.data.symmetries import Turns, apply, apply_each, turns
 from shared.errors import UserError
 from shared.precision import autocast, choose_device, resolve_precision
 from shared.processes import is_main_process
+from shared.registry import build
 from shared.run import Run
-from shared.schema import Custom, Stage2
+from shared.schema import Adversarial, Custom, Stage2
 from shared.training import fit
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.custom import trust
 from stage2_diffusion.denoiser import Denoiser
-from stage2_diffusion.generator import Generator, build_denoiser
+from stage2_diffusion.gan import GANModule
+from stage2_diffusion.generator import ONE_STEP, Generator, build_denoiser
 from stage2_diffusion.grids import tune
 from stage2_diffusion.module import DiffusionModule
 from stage2_diffusion.watch import Distance
@@ -31,15 +33,19 @@ from stage2_diffusion.watch import Distance
 HELD_OUT = 256  # validation images whose latents are watched
 
 
-def train(config: Stage2, resume: str = "auto") -> Path:
-    """Config -> the folder of the published generator."""
-    if isinstance(config.backbone, Custom):
+def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
+    """Config -> the folder of the published generator, by diffusion or against an adversary."""
+    if isinstance(config, Stage2) and isinstance(config.backbone, Custom):
         trust(config.backbone.class_path)
     images = LensImages(config.data.path)
-    autoencoder, autoencoder_config = load_autoencoder(config.autoencoder, images.image_shape, images.transform)
-    turned = turns(images, config.data.augment)
     blocks = to_dict(config)
-    conditions = Conditions.learn(blocks["condition"], images, images.split("train"), turned)
+    autoencoder, autoencoder_config = load_autoencoder(
+        config.autoencoder, images.image_shape, images.transform, blocks["pixels"]
+    )
+    turned = turns(images, config.data.augment)
+    conditions = Conditions()
+    if isinstance(config, Stage2):
+        conditions = Conditions.learn(blocks["condition"], images, images.split("train"), turned)
     made_from = {"data": images.fingerprint, "autoencoder": fingerprint(config.autoencoder), **turned.fingerprint}
     run = Run(config, resume)
     if run.is_complete(made_from):
@@ -54,15 +60,19 @@ def train(config: Stage2, resume: str = "auto") -> Path:
     batches = turned_latents(autoencoder, images, train_split, turned, conditions, config, precision)
     held_out = encode(autoencoder, images, held_out_split, config, precision)
 
-    torch.manual_seed(config.seed)
-    network = build_denoiser(blocks["backbone"], blocks["diffusion"], autoencoder.latent_shape, conditions)
     distance = (
         Distance(images, config.trainer.score_count) if config.trainer.score_every and is_main_process() else None
     )
-    module = DiffusionModule(
-        config, network, autoencoder, batches, len(train_split), turned.chances, held_out, precision, conditions,
-        conditions.of(images, held_out_split), distance,
-    )  # fmt: skip
+    torch.manual_seed(config.seed)
+    data = batches, len(train_split), turned.chances, held_out
+    module: DiffusionModule | GANModule
+    if isinstance(config, Stage2):
+        network = build_denoiser(blocks["backbone"], blocks["diffusion"], autoencoder.latent_shape, conditions)
+        known = conditions.of(images, held_out_split)
+        module = DiffusionModule(config, network, autoencoder, *data, precision, conditions, known, distance)
+    else:
+        synthesis = build("gan", blocks["gan"], latent_shape=autoencoder.latent_shape)
+        module = GANModule(config, synthesis, autoencoder, *data, precision, distance)
     fit(module, run, made_from)
     if is_main_process():
         finish(module, autoencoder, autoencoder_config, images, run, precision, made_from)
@@ -75,7 +85,7 @@ def turned_latents(
     indices: np.ndarray,
     turns: Turns,
     conditions: Conditions,
-    config: Stage2,
+    config: Stage2 | Adversarial,
     precision: str,
 ) -> Callable[[Tensor], Tensor | tuple[Tensor, ...]]:
     """Index i + k n (N,) -> latents (N, c, h, w) of image i of n, turned by the k-th element; where there are conditions,
@@ -111,7 +121,7 @@ def encode(
     autoencoder: Autoencoder,
     images: LensImages,
     indices: np.ndarray,
-    config: Stage2,
+    config: Stage2 | Adversarial,
     precision: str,
     element: str = "identity",
 ) -> Tensor:
@@ -132,7 +142,7 @@ def encode(
 
 
 def finish(
-    module: DiffusionModule,
+    module: DiffusionModule | GANModule,
     autoencoder: Autoencoder,
     autoencoder_config: dict,
     images: LensImages,
@@ -141,11 +151,26 @@ def finish(
     made_from: dict[str, str],
 ) -> None:
     """Publish the shadow network with the autoencoder it belongs to: one path is enough to sample."""
+    config = to_dict(module.config)
+    module.to(choose_device(config["trainer"]["accelerator"]))
+    network, parts = of_gan(module) if isinstance(module, GANModule) else of_diffusion(module, autoencoder, precision)
+    published = {
+        "autoencoder": autoencoder_config,
+        **parts,
+        "precision": precision,
+        "data": {"name": images.name, "images": len(images.split("train"))},
+        "fingerprint": made_from,
+        "training": config,
+    }
+    publish_generator(run, autoencoder, network, published, card(published))
+
+
+def of_diffusion(module: DiffusionModule, autoencoder: Autoencoder, precision: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The network to publish, and what its config says of it."""
     config, sampling = to_dict(module.config), module.config.sampling
     denoiser: Denoiser = module.shadow  # type: ignore[assignment]
     averages: dict[str, float] = {}
     if config["ema"]["lengths"]:
-        module.to(choose_device(config["trainer"]["accelerator"]))
         denoiser, averages = module.best_average()
         found = ", ".join(f"{name} {error:.4g}" for name, error in averages.items())
         tqdm.write(f"held-out error of each average, of which the first is published: {found}")
@@ -153,23 +178,24 @@ def finish(
     generator = Generator(autoencoder, denoiser, precision, sampling.model_dump(), module.conditions)
     generator.to("cpu" if module.config.trainer.accelerator == "cpu" else "auto")
     fitted = {str(steps): tune(generator, sampling.sampler, steps).times for steps in sampling.tune}
-    published = {
-        "autoencoder": autoencoder_config,
+    return denoiser, {
         "backbone": config["backbone"],
         "diffusion": config["diffusion"],
         "sampling": config["sampling"] | {"grids": {sampling.sampler: fitted} if fitted else {}},
         "conditions": module.conditions.to_config(),
-        "precision": precision,
         "averages": averages,
-        "data": {"name": images.name, "images": len(images.split("train"))},
-        "fingerprint": made_from,
-        "training": config,
     }
-    publish_generator(run, autoencoder, denoiser, published, card(published))
+
+
+def of_gan(module: GANModule) -> tuple[nn.Module, dict[str, Any]]:
+    """The network to publish, and what its config says of it, mode collapse included."""
+    spread = module.measure()
+    tqdm.write(module.verdict())
+    return module.shadow, {"gan": to_dict(module.config)["gan"], "sampling": ONE_STEP, "spread": spread}
 
 
 def publish_generator(
-    run: Run, autoencoder: Autoencoder, denoiser: Denoiser, config: dict[str, Any], card: str
+    run: Run, autoencoder: Autoencoder, denoiser: nn.Module, config: dict[str, Any], card: str
 ) -> None:
     """Write what `Generator.from_pretrained` reads, and say how to sample from it."""
     state = {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
@@ -179,13 +205,25 @@ def publish_generator(
 
 
 def card(published: dict) -> str:
-    t, backbone = published["training"], published["backbone"]
-    names = [entry["name"] for entry in published["conditions"].get("entries", [])]
-    asked = f"It can be asked for {', '.join(names)}: `lens-ldm sample FOLDER --help`.\n" if names else ""
+    t = published["training"]
+    if "gan" in published:
+        spread = published["spread"]
+        what = f"A GAN with self-attention (`{published['gan']['name']}`), one evaluation a lens,"
+        asked = (
+            f"Its samples are {spread['diversity']:.2f} times as far apart as real images, and {spread['spacing']:.2f} times "
+            "as far from the next one: near 0 is mode collapse.\n"
+        )
+    else:
+        backbone, diffusion = published["backbone"], published["diffusion"]
+        what = (
+            f"A diffusion model (`{backbone.get('class_path', backbone['name'])}`, {diffusion['prediction']} on the\n"
+            f"{diffusion['schedule']} schedule)"
+        )
+        names = [entry["name"] for entry in published["conditions"].get("entries", [])]
+        asked = f"It can be asked for {', '.join(names)}: `lens-ldm sample FOLDER --help`.\n" if names else ""
     return f"""# {t["name"]}: generator (stage 2 of lens-ldm)
 
-A diffusion model (`{backbone.get("class_path", backbone["name"])}`, {published["diffusion"]["prediction"]} on the
-{published["diffusion"]["schedule"]} schedule) of the latents of `{t["autoencoder"]}`, trained for
+{what} of the latents of `{t["autoencoder"]}`, trained for
 {t["trainer"]["max_steps"]} steps of {t["data"]["batch_size"]} on {published["data"]["images"]} images of
 `{published["data"]["name"]}`. The autoencoder is in the same file.
 {asked}

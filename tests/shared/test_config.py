@@ -15,11 +15,17 @@ from pydantic import BaseModel
 
 from shared.config import CONFIGS, find_config, load_config, parse_arguments, to_dict, to_yaml
 from shared.errors import UserError
-from shared.schema import Ablation, Distill, DiT, Quickstart, Stage1, Stage2, UNet
+from shared.schema import Ablation, Adversarial, Distill, DiT, Quickstart, Stage1, Stage2, UNet
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml") if p.parent.name != "simulate")
-SCHEMAS: dict[str, type[BaseModel]] = {"stage1": Stage1, "stage2": Stage2, "ablations": Ablation, "": Quickstart}
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "stage1": Stage1,
+    "stage2": Stage2,
+    "ablations": Ablation,
+    "": Quickstart,
+    "baselines": Stage2,
+}
 MINIMAL = "name: run\nautoencoder: pixels\ndata: {path: data/x}\n"
 
 
@@ -186,7 +192,7 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_place(write):
     write("base.yaml", MINIMAL + "backbone: {name: dit, width: 100, dept: 3}\ndiffusion: {schedule: cosine}\n")
     write("run.yaml", "base: base.yaml\ntrainer: {max_steps: soon, precison: fp32}\nlr: 1e-3\n")
     known = (
-        "(known: name, seed, output, data, autoencoder, backbone, diffusion, condition, sampling, optimizer, ema, "
+        "(known: name, seed, output, data, autoencoder, pixels, backbone, diffusion, condition, sampling, optimizer, ema, "
         "trainer, logger"
     )
     trainer = (
@@ -317,6 +323,8 @@ def test_wrong_types_and_bounds_are_refused(override, problem):
          "command line: loss.feature_matching: needs a discriminator: set adversarial greater than 0"),
         (Stage1, "stage1/vqvae", ["loss.adversarial=0.1", "trainer.max_steps=1000"],
          "command line: trainer: max_steps 1000 must exceed loss.adversarial_start 1000"),
+        (Stage2, "stage2/unet", ["pixels.size=64"],
+         "command line: pixels: size and crop are for autoencoder pixels: a trained one has a size of its own"),
         (Quickstart, "quickstart", ["samples.count=499"],
          "configs/quickstart.yaml: evaluate: count 500 is more than 499, samples.count"),
         (Quickstart, "quickstart", ["data.count=4999"],
@@ -514,6 +522,7 @@ def test_help_describes_every_key(capsys):
         assert len(line.split()) > 3, line  # the key, its default and some words
     assert "What it does, 100 %." in text
     assert "after the rise, down to 1 % (linear | cosine | constant)" in text
+    assert "--adversary.updates" in text  # of a config of the other kind
     assert "--resume" in text
 
 
@@ -524,6 +533,8 @@ def test_help_describes_every_key(capsys):
 def test_shipped_configs_are_valid_and_survive_a_round_trip(tmp_path, file):
     schema = Distill if file == "stage2/distill.yaml" else SCHEMAS[str(Path(file).parent).strip(".")]
     config = load_config(schema, [file])
+    assert type(config) is (Adversarial if Path(file).stem.startswith("gan") else schema)
+    schema = type(config)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(schema, [tmp_path / "config.yaml"]) == config
     assert schema.model_validate(yaml.safe_load(to_yaml(config))) == config  # any YAML reader understands it
@@ -547,6 +558,7 @@ def differences(schema, one: str, other: str) -> set[str]:
     [
         (Stage1, "stage1/vqvae.yaml"),
         (Stage2, "stage2/unet.yaml"),
+        (Stage2, "stage2/gan.yaml"),
         (Distill, "stage2/distill.yaml"),
         (Quickstart, "quickstart.yaml"),
         (Ablation, "ablations/stage1.yaml"),
@@ -564,7 +576,20 @@ def test_the_references_say_what_the_defaults_say():
     assert load_config(Quickstart, ["quickstart"]) == Quickstart()
     assert load_config(Distill, ["stage2/distill"]) == Distill(name="distilled", teacher="checkpoints/unet")
     plain = Stage2.model_validate({"name": "unet", "autoencoder": "x", "data": {"path": "x"}})
+    gan = {"name": "gan", "autoencoder": "checkpoints/vqvae", "data": {"path": "data/lenses", "batch_size": 32}}
+    steps = {"max_steps": 8000}
+    assert load_config(Stage2, ["stage2/gan"]) == Adversarial.model_validate({**gan, "trainer": steps})
     assert (unet.diffusion, unet.sampling, unet.ema) == (plain.diffusion, plain.sampling, plain.ema)
+
+
+@pytest.mark.parametrize("file", [file for file in SHIPPED if file.startswith("baselines/")])
+def test_a_baseline_is_a_base_and_at_most_ten_lines(file):
+    text = (CONFIGS / file).read_text()
+    tree = yaml.safe_load(text)
+    assert tree["base"]
+    assert tree["name"] == Path(file).stem
+    assert len([line for line in text.splitlines() if line and not line.startswith("#")]) <= 10
+    load_config(Stage2, [file], ["--pixels.size=50", "--autoencoder=pixels"])
 
 
 def test_swapping_a_part_is_the_whole_difference():

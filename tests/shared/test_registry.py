@@ -19,11 +19,13 @@ INTERFACE = {
     "autoencoder": {"image_shape", "transform"},
     "quantizer": {"channels"},
     "backbone": {"latent_shape", "cond_dim"},
+    "gan": {"latent_shape"},
 }
 SCHEMAS = {
     "autoencoder": [schema.VQVAE],
     "quantizer": get_args(schema.VQVAE.model_fields["quantizer"].annotation),
     "backbone": get_args(schema.Stage2.model_fields["backbone"].annotation),
+    "gan": [schema.GAN],
 }
 CONFIGURED = [(kind, block.model_fields["name"].default, block) for kind, blocks in SCHEMAS.items() for block in blocks]
 
@@ -49,7 +51,7 @@ def agree(block, parameters: dict[str, inspect.Parameter]) -> None:
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_the_schema_and_the_table_have_the_same_names(kind):
     in_schema = {name for k, name, _ in CONFIGURED if k == kind}
-    # `pixels` is what stage 2 says in place of a path; it has no options and so no block.
+    # `pixels` is what stage 2 says in place of a path; its options are a block of their own.
     assert in_schema == set(names(kind)) - {"pixels"}
 
 
@@ -143,6 +145,11 @@ def test_the_loss_block_has_the_terms_of_the_loss():
     for known in ("law", "transform", "channels", "noisier"):
         parameters.pop(known)
     agree(schema.Loss, parameters)
+
+
+def test_the_pixels_block_has_the_options_of_pixels():
+    parameters = options_of(resolve("autoencoder", "pixels"))
+    agree(schema.Pixels, {key: p for key, p in parameters.items() if key not in INTERFACE["autoencoder"]})
 
 
 def test_the_regularize_block_has_the_options_of_the_regularizer():

@@ -2,8 +2,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchmetrics.functional.image import structural_similarity_index_measure
 
-from stage2_diffusion.denoiser import Denoiser, min_snr, target, to_x0
+from shared.errors import UserError
+from stage2_diffusion.denoiser import Denoiser, min_snr, similarity, target, to_x0
+from stage2_diffusion.generator import build_denoiser
 from stage2_diffusion.schedule import CURVES, NoiseSchedule
 
 ALLOWED = [(p, s) for p in ("eps", "x0", "v", "velocity") for s in CURVES if p != "velocity" or s == "flow"]
@@ -108,6 +111,73 @@ def test_the_loss_is_weighed_sample_by_sample(prediction, schedule):
     alpha, sigma = denoiser.schedule(denoiser.backbone.t)
     torch.testing.assert_close(losses[1], losses[0] * min_snr(prediction, alpha, sigma, 2.0).flatten())
     assert losses[1].isfinite().all()
+
+
+def images_of(n=3, side=14):
+    """Of a range that is another for each."""
+    torch.manual_seed(0)
+    return (torch.randn(n, 2, side, side) * torch.tensor([0.5, 1.0, 20.0])[:n, None, None, None] + 3).double()
+
+
+def test_similarity_is_torchmetrics_with_each_image_in_its_own_range():
+    x_0 = images_of()
+    estimate = x_0 + 0.3 * torch.randn_like(x_0)
+    for estimated, x, value in zip(estimate, x_0, similarity(estimate, x_0), strict=True):
+        moved = [(y - x.min())[None] for y in (estimated, x)]
+        expected = structural_similarity_index_measure(*moved, data_range=float(x.max() - x.min()))
+        assert float(value) == pytest.approx(float(expected), rel=1e-9)
+    assert torch.allclose(similarity(x_0, x_0), torch.ones(3).double())
+    assert similarity(x_0.float(), torch.full_like(x_0, 2.0).float()).isfinite().all()  # without any range
+
+
+@pytest.mark.parametrize(("prediction", "schedule"), ALLOWED)
+def test_ssim_is_added_with_its_weight_on_the_estimate_of_x_0(prediction, schedule):
+    x_0, answer = images_of().float(), torch.randn(3, 2, 14, 14)
+    losses = []
+    for weight in (0.0, 0.7):
+        denoiser = make(prediction, schedule, lambda x, t: answer, ssim=weight)
+        torch.manual_seed(1)
+        losses.append(denoiser.loss(x_0))
+    net = denoiser.backbone
+    alike = similarity(denoiser(net.x, net.t), x_0)
+    torch.testing.assert_close(losses[1] - losses[0], 0.7 * (1 - alike), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("prediction", "schedule"), ALLOWED)
+def test_the_gradient_of_ssim_is_that_of_finite_differences(prediction, schedule):
+    x_0 = images_of(2)
+    t = torch.tensor([0.2, 0.6], dtype=torch.float64)
+    alpha, sigma = NoiseSchedule(schedule, prediction != "eps")(t)
+    eps = torch.randn_like(x_0)
+    x_t, wanted = alpha * x_0 + sigma * eps, target(prediction, x_0, eps, alpha, sigma)
+    out = (wanted + 0.3 * torch.randn_like(x_0)).requires_grad_()
+
+    def term(y):
+        return (1 - similarity(to_x0(prediction, y, x_t, alpha, sigma), x_0)).sum()
+
+    (gradient,) = torch.autograd.grad(term(out), out)
+    for direction in torch.randn(3, *out.shape, dtype=torch.float64):
+        h = 1e-5
+        slope = (term(out + h * direction) - term(out - h * direction)) / (2 * h)
+        assert float((gradient * direction).sum()) == pytest.approx(float(slope.detach()), rel=1e-4, abs=1e-9)
+
+
+def test_ssim_of_weight_0_is_not_computed_and_a_positive_one_keeps_float32_under_autocast(monkeypatch):
+    x_0 = images_of().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert make(ssim=1.0).loss(x_0).dtype == torch.float32
+    monkeypatch.setattr("stage2_diffusion.denoiser.similarity", None)
+    make().loss(x_0)
+    with pytest.raises(TypeError):
+        make(ssim=1.0).loss(x_0)
+
+
+def test_latents_too_small_for_the_window_of_ssim_are_refused():
+    block = {"schedule": "flow", "prediction": "x0", "time": "uniform", "shift": 1.0, "ssim": 0.1}
+    backbone = {"name": "unet", "width": 8, "heads": 1}
+    build_denoiser(backbone, block, latent_shape=(1, 6, 6)).loss(torch.randn(2, 1, 6, 6))
+    with pytest.raises(UserError, match=r"^diffusion\.ssim looks through a window that latents of 5 x 6 do not fill"):
+        build_denoiser(backbone, block, latent_shape=(1, 5, 6))
 
 
 @pytest.mark.parametrize(("prediction", "schedule"), ALLOWED)

@@ -167,6 +167,28 @@ def test_distances_are_logged_on_their_own_schedule_and_change_no_weight(data: P
     train(config(data, tmp_path, "scored", trainer={"score_every": 3}))  # the same run
 
 
+def test_smaller_pixels_are_trained_on_published_and_sampled_in_the_size_of_the_data(
+    data: Path, tmp_path: Path
+) -> None:
+    model = train(config(data, tmp_path, pixels={"size": 12, "crop": 24}, diffusion={"ssim": 0.5}))
+    generator = Generator.from_pretrained(model, "cpu")
+    assert generator.autoencoder.latent_shape == (1, 12, 12)
+    assert generator.denoiser.ssim == 0.5
+    assert generator.images(range(2), steps=2).shape == (2, 1, 30, 30)
+    plain = train(config(data, tmp_path, "plain", pixels={"size": 12, "crop": 24}))
+    assert (model / "model.safetensors").read_bytes() != (plain / "model.safetensors").read_bytes()
+
+
+def test_a_model_from_before_there_were_sizes_still_loads(data: Path, tmp_path: Path) -> None:
+    model = train(config(data, tmp_path))
+    images = Generator.from_pretrained(model, "cpu").images(range(2), steps=2)
+    published = json.loads((model / "config.json").read_text())
+    published["autoencoder"]["spec"] = {"name": "pixels"}
+    del published["diffusion"]["ssim"], published["training"]["pixels"]
+    (model / "config.json").write_text(json.dumps(published))
+    assert torch.equal(Generator.from_pretrained(model, "cpu").images(range(2), steps=2), images)
+
+
 class Copies:
     """A generator that gives back images, as a network that has learned them by heart would."""
 
