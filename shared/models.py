@@ -40,15 +40,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def describe(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """The cells of a model, from its config.json and what is known of its quality."""
-    backbone, sampling, weights = config["backbone"], config["sampling"], folder / "model.safetensors"
+    network = config["gan"] if "gan" in config else config["backbone"]
+    sampling, weights = config["sampling"], folder / "model.safetensors"
     channels, height, width = latent_shape(config["autoencoder"])
     scores = config.get("scores") or scores_of(folder, config) or {}
     distance, lenses = scores.get("fd_efflite0"), scores.get("lenses")
     return [
         f"{config['data']['name']}, {config['data']['images']}",
         f"{height}×{width}×{channels}",
-        backbone.get("class_path", backbone["name"]),
-        f"{sampling['steps']} {sampling['sampler']}",
+        network.get("class_path", network["name"]),
+        "1" if "gan" in config else f"{sampling['steps']} {sampling['sampler']}",
         f"{weights.stat().st_size / 1e6:.1f}" if weights.is_file() else "no weights",
         f"{distance['excess']:.2f} ({distance['n']})" if distance else "–",
         f"{lenses['share']:.0%}" if lenses else "–",

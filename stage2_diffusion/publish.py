@@ -127,7 +127,13 @@ def card(
 ) -> str:
     """README.md of a published model."""
     t, sampling, stored = config["training"], config["sampling"], config["stored"]
-    backbone, diffusion = config["backbone"], config["diffusion"]
+    if "gan" in config:
+        network, drawn = f"`{config['gan']['name']}`, a GAN", "1 evaluation"
+    else:
+        backbone, diffusion = config["backbone"], config["diffusion"]
+        named = backbone.get("class_path", backbone["name"])
+        network = f"`{named}`, {diffusion['prediction']} on the {diffusion['schedule']} schedule"
+        drawn = f"{sampling['steps']} evaluations, `{sampling['sampler']}`"
     channels, height, width = latent_shape(config["autoencoder"])
     image = "×".join(map(str, config["autoencoder"]["image_shape"][1:]))
     entries = [entry["name"] for entry in config.get("conditions", {}).get("entries", [])]
@@ -135,11 +141,10 @@ def card(
         ["", ""],
         ["data", f"`{config['data']['name']}`, {config['data']['images']} training images of {image}"],
         ["latent", f"{height}×{width}×{channels}, by `{config['autoencoder']['spec']['name']}`"],
-        ["network", f"`{backbone.get('class_path', backbone['name'])}`, {diffusion['prediction']} on the "
-                    f"{diffusion['schedule']} schedule"],
+        ["network", network],
         ["can be asked for", ", ".join(entries) or "nothing: unconditional"],
         ["budget", f"{t['trainer']['max_steps']} steps of {t['data']['batch_size']}"],
-        ["sampling", f"{sampling['steps']} evaluations, `{sampling['sampler']}`"],
+        ["sampling", drawn],
         ["weights", f"{stored['dtype']}; clean samples differ from those of fp32 by {stored['difference']:.2g} of the "
                     f"range at most ({COMPARED} seeds)"],
     ]  # fmt: skip
