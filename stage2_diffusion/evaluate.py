@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
             generator.autoencoder, reference, a.reference, a.count, generator.config["data"]["name"]
         )
         plan = judge.plan(a, reference, networks, count)
-        samples, asked, sampling = samples_of(a, generator, reference, plan.far_places, kept)
+        guide = Generator.from_pretrained(a.guide, check_device(a.device), a.trust) if a.guide else None
+        samples, asked, sampling = samples_of(a, generator, guide, reference, plan.far_places, kept)
         about |= {"weights_sha256": generator.config["sha256"], "sampling": sampling}
         candidates = {"reconstructions": reconstructions(generator, plan.far, kept), "samples": samples.stored()}
         if generator.config.get("fingerprint", {}).get("data") != reference.fingerprint and "memory" not in plan.skip:
@@ -136,11 +137,11 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = judge.judge(plan, candidates, asked)
     if drawn:
         # Measured once and kept, like the rest.
-        about["cost"] = remembered(samples, f"cost on {machine()}", lambda: cost(generator, asked, sampling, a))
+        about["cost"] = remembered(samples, f"cost on {machine()}", lambda: cost(generator, guide, asked, sampling))
     metrics = finite({**about, **evaluation.metrics, "versions": versions()})
     page = report(evaluation, metrics)
     if drawn:
-        film(page, generator, asked, sampling, a)
+        film(page, generator, guide, asked, sampling)
         about_training(page, path, generator.config)
     page.section("How it was made").listing(json.dumps(metrics, indent=1))
     page.write(out / "report.html")
@@ -162,7 +163,12 @@ def is_model(path: Path) -> bool:
 
 
 def samples_of(
-    options: argparse.Namespace, generator: Generator, reference: LensImages, other: np.ndarray, kept: Path
+    options: argparse.Namespace,
+    generator: Generator,
+    guide: Generator | None,
+    reference: LensImages,
+    other: np.ndarray,
+    kept: Path,
 ) -> tuple[ImageSet, dict[str, np.ndarray], dict[str, Any]]:
     """As many samples as places in `other`, drawn when they are needed: what they were asked for, and how they are drawn."""
     if options.samples:
@@ -174,7 +180,6 @@ def samples_of(
     asked = generator.conditions.of(reference, other)
     if missing := [name for name in generator.conditions.names if name not in asked]:
         print(f"{options.reference} knows no {', '.join(missing)}: the samples may have any", file=sys.stderr)
-    guide = guide_of(options)
     sampling = chosen_settings(options, generator, guide, asked)
     seeds = np.asarray(seed_range(options.seed or 0, len(other)))
     whose = "" if guide is None else made_by(guide)
@@ -187,12 +192,6 @@ def samples_of(
     key = f"samples {made_by(generator)} {json.dumps(sampling, sort_keys=True)} {seeds[0]} {whose} {told}"
     about = {**sampling, "first_seed": int(seeds[0]), **({"guide": options.guide} if guide else {})}
     return ImageSet(key, len(seeds), get, kept), asked, about
-
-
-def guide_of(options: argparse.Namespace) -> Generator | None:
-    if options.guide is None:
-        return None
-    return Generator.from_pretrained(options.guide, check_device(options.device), options.trust)
 
 
 def made_by(generator: Generator) -> str:
@@ -235,30 +234,26 @@ def machine() -> str:
 
 
 def options_of(
-    sampling: Mapping[str, Any], asked: Mapping[str, np.ndarray], count: int, options: argparse.Namespace
+    guide: Generator | None, asked: Mapping[str, np.ndarray], sampling: Mapping[str, Any], count: int
 ) -> dict[str, Any]:
     """What `Generator.sample` is told for the first `count` of the samples."""
     keys = (*SETTINGS, *GUIDANCE, "times")
     cond = {name: np.resize(values, count) for name, values in asked.items()}
-    return {
-        **{key: sampling[key] for key in keys if sampling.get(key) is not None},
-        "cond": cond,
-        "guide": guide_of(options),
-    }
+    return {**{key: sampling[key] for key in keys if sampling.get(key) is not None}, "cond": cond, "guide": guide}
 
 
 def cost(
-    generator: Generator, asked: Mapping[str, np.ndarray], sampling: Mapping[str, Any], options: argparse.Namespace
+    generator: Generator, guide: Generator | None, asked: Mapping[str, np.ndarray], sampling: Mapping[str, Any]
 ) -> dict[str, Any]:
     """GFLOP a lens, decoder and guide included, and milliseconds a lens, TIMED at once (median of REPEATS)."""
-    told, seconds = options_of(sampling, asked, TIMED, options), []
+    told, seconds = options_of(guide, asked, sampling, TIMED), []
     for _ in range(REPEATS + 1):  # the first is to warm up
         started = time.perf_counter()
         generator.images(range(TIMED), **told)
         seconds.append(time.perf_counter() - started)
-    one = options_of(sampling, asked, 1, options)
     return {
-        "gflop": generator.gflop(**one), "milliseconds": 1000 * float(np.median(seconds[1:])) / TIMED,
+        "gflop": generator.gflop(**options_of(guide, asked, sampling, 1)),
+        "milliseconds": 1000 * float(np.median(seconds[1:])) / TIMED,
         "device": str(generator.device), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
@@ -266,13 +261,13 @@ def cost(
 def film(
     page: Report,
     generator: Generator,
+    guide: Generator | None,
     asked: Mapping[str, np.ndarray],
     sampling: Mapping[str, Any],
-    options: argparse.Namespace,
 ) -> None:
     """How the first lenses come about: what each is taken for at every step."""
     first, transform = sampling["first_seed"], generator.autoencoder.transform
-    states = generator.trajectory(range(first, first + FILMED), **options_of(sampling, asked, FILMED, options))
+    states = generator.trajectory(range(first, first + FILMED), **options_of(guide, asked, sampling, FILMED))
     chosen = sorted({round(k) for k in np.linspace(0, len(states) - 1, FRAMES)})
     title = "evaluation {} of {}: what each will be, without pixel noise"
     frames = [grid(transform.unit(states[k]), FILMED, title=title.format(k + 1, len(states))) for k in chosen]

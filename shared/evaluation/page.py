@@ -38,9 +38,8 @@ def report(evaluation: Evaluation, metrics: Mapping[str, Any]) -> Report:
     ):
         if name in sets:
             page.section(heading).picture(grid(transform.unit(sets[name].first(SHOWN)), 8), heading)
-    places, why = worst(evaluation)
-    page.section(f"The worst samples: {why}").picture(
-        grid(transform.unit(sets["samples"].get(places)), 8), "worst samples"
+    page.section("The worst samples: furthest from real ones in any one quantity").picture(
+        grid(transform.unit(sets["samples"].get(worst(evaluation))), 8), "worst samples"
     )
 
     header, *rows = tables.score_rows(dict(metrics))
@@ -123,16 +122,15 @@ def report(evaluation: Evaluation, metrics: Mapping[str, Any]) -> Report:
     return page
 
 
-def worst(evaluation: Evaluation) -> tuple[np.ndarray, str]:
-    """Places of the samples that are furthest from real images in any one quantity, and what that means."""
+def worst(evaluation: Evaluation) -> np.ndarray:
+    """Places of the samples that are furthest from real images in any one quantity."""
     real, samples = (evaluation.measured[name].summaries for name in ("real", "samples"))
     apart = np.zeros(len(next(iter(samples.values()))))
     for name, values in samples.items():
         low, middle, high = np.quantile(real[name], [0.05, 0.5, 0.95])
         if high > low:
             apart = np.maximum(apart, np.abs(values - middle) / (high - low))
-    places = np.sort(np.argsort(-apart)[:WORST])
-    return places, "furthest from real ones in any one quantity"
+    return np.sort(np.argsort(-apart)[:WORST])
 
 
 def closest(evaluation: Evaluation, pairs: Sequence[Mapping[str, Any]]) -> Image.Image:

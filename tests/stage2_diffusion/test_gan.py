@@ -1,6 +1,5 @@
 """The GAN: its networks, who learns when, what is published of it, and that its collapse is seen."""
 
-import argparse
 import csv
 import json
 from copy import deepcopy
@@ -253,8 +252,7 @@ def test_a_published_gan_draws_by_seed_in_one_evaluation(model: Path) -> None:
     assert torch.allclose(generator.images([5], batch_size=1)[0], images[2], atol=1e-5)
     assert not torch.allclose(images[0], images[1], atol=1e-4)
     assert len(generator.trajectory([3, 4])) == 1
-    options = argparse.Namespace(guide=None)
-    spent = cost(generator, {}, {**generator.settings(), "guidance": 1.0}, options)
+    spent = cost(generator, None, {}, {**generator.settings(), "guidance": 1.0})
     assert spent["gflop"] == generator.gflop() > 0
     state = torch.load(model.parent / "last.ckpt", weights_only=True)["state_dict"]
     published = generator.denoiser.state_dict()
