@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ def resumed(path: Path, about: Mapping[str, Any], key: str) -> Any:
     if changed := [name for name, value in about.items() if content.get(name) != value]:
         raise UserError(f"{path} is of another {changed[0]}: choose another --out, or delete it")
     return found
+
+
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what a file that is no .npz raises
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -17,7 +17,6 @@ import platform
 import shlex
 import sys
 import time
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +47,7 @@ from shared.evaluation.reference import (
 )
 from shared.evaluation.tables import finite
 from shared.evaluation.verdict import summary
-from shared.files import make_folder, write_atomically
+from shared.files import DAMAGED, make_folder, write_atomically
 from shared.precision import check_device
 from shared.report import Report, grid, loss_curves
 from stage2_diffusion.generator import Generator
@@ -208,7 +207,7 @@ def read_samples(path: Path, count: int, generator: Generator) -> tuple[dict[str
         with np.load(path, allow_pickle=False) as file:
             metadata, drawn = json.loads(str(file["metadata"])), len(file["seeds"])
             asked = {n: file[CONDITION + n][:count] for n in generator.conditions.names if CONDITION + n in file}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise UserError(f"{path} is no samples.npz of `lens-ldm sample` ({error}): draw the samples again") from error
     if metadata.get("weights_sha256") != generator.config["sha256"]:
         raise UserError(f"{path} was drawn from another model ({metadata.get('model')}): draw the samples again")

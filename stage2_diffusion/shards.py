@@ -25,13 +25,12 @@ from tqdm import tqdm
 from shared.data.export import FORMATS, Stack, columns_csv, png_scale, stored_rows
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
-from shared.files import sync_folder, write_atomically
+from shared.files import DAMAGED, sync_folder, write_atomically
 from shared.report import save_grid
 
 SHOWN = 64
 SPEED = "lenses_per_second"
 SIDECAR = "samples.json"
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what a file that is no .npz raises
 
 
 def shard_files(folder: Path, parts: int) -> list[Path]:

@@ -8,8 +8,7 @@ import json
 import os
 import shutil
 import sys
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +22,7 @@ from shared.data import normalise
 from shared.data.cache import LensImages
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
-from shared.files import write_atomically
+from shared.files import DAMAGED, write_atomically
 from shared.metrics import efficientnet, fid, morphology, physics, two_sample
 
 BATCH = 32  # images at once; with 64 an evaluation takes 0.2 GB more and no less time
@@ -53,9 +52,6 @@ class ImageSet:
 
     def first(self, count: int) -> Tensor:
         return self.get(np.arange(min(count, self.n)))
-
-    def batches(self, size: int = BATCH) -> Iterator[Tensor]:
-        return (self.get(np.arange(k, min(k + size, self.n))) for k in range(0, self.n, size))
 
     def stored(self) -> "ImageSet":
         """The same, drawn once: chunks of images are kept in files beside the measurements, until `forget`."""
@@ -200,7 +196,7 @@ def _read(file: Path | None) -> dict[str, np.ndarray] | None:
             return None
         with np.load(file, allow_pickle=False) as columns:
             return dict(columns)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except DAMAGED:
         return None
 
 
