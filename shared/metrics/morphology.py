@@ -1,9 +1,9 @@
 """The shape of the light of a lens: what galaxies are classified by, and how many images and how much of a ring it has.
 
-Gini after Lotz et al. 2004 (arXiv astro-ph/0311352), concentration and asymmetry after Conselice 2003
-(arXiv astro-ph/0303065). They were made for galaxies with a bright middle; a ring has none, so that all of it is measured
-about the point that it is most symmetric about. M20 of the former and the ellipticity are not here: of a dozen kinds of damage
-they saw none that the others and `physics.summaries` do not see better.
+Gini after Lotz et al. 2004 (arXiv astro-ph/0311352), asymmetry after Conselice 2003 (arXiv astro-ph/0303065). They were
+made for galaxies with a bright middle; a ring has none, so that the asymmetry is measured about the point that it is least
+about. M20 and concentration of the same papers and the ellipticity are not here: of a dozen kinds of damage they saw none
+that the others and `physics.summaries` do not see better.
 """
 
 import numpy as np
@@ -28,7 +28,6 @@ def summaries(images: Images, value_range: tuple[float, float]) -> dict[str, np.
     images   (N, C, H, W) of the data's units, value_range = (low, high)
 
     gini               inequality of the pixels of the segment: 0 all alike, 1 all light in one
-    concentration      5 log10(r80 / r20), the radii of 80 % and 20 % of the light in the aperture
     asymmetry          sum |x - x turned by 180°| / sum |x| of the smooth light in the aperture, less what the noise of
                        the sky adds: that is more than it adds where there is light, and much more unless x is smooth
     position_angle     of the major axis of the second moments of the light in the segment, degrees in [0, 180), from x to
@@ -62,12 +61,10 @@ def _summaries(x: np.ndarray) -> dict[str, np.ndarray]:
     light = np.where(segment, np.abs(signal), 0)  # |x| as in Lotz et al. 2004: less is made of the darkest pixels
 
     twice_y, twice_x = _twice_centre(np.where(segment, smooth, 0))
-    concentration, asymmetry = _about(signal, smooth, quieter * noise, twice_y, twice_x)
     lit = segment.any((1, 2))
     found = {
         "gini": _gini(light, segment),
-        "concentration": concentration,
-        "asymmetry": asymmetry,
+        "asymmetry": _asymmetry(signal, smooth, quieter * noise, twice_y, twice_x),
         "position_angle": _position_angle(light),
         "number_of_images": _number_of_images(signal, smooth, segment, quieter),
         "ring_completeness": _ring_completeness(smooth, peak, ring_radius(signal)),
@@ -109,10 +106,10 @@ def _twice_centre(light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return y, x
 
 
-def _about(
+def _asymmetry(
     signal: np.ndarray, smooth: np.ndarray, noise: np.ndarray, twice_y: np.ndarray, twice_x: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Concentration of signal and asymmetry of smooth (n, H, W), whose sky has this noise (n,), about half of twice_y, _x."""
+) -> np.ndarray:
+    """Asymmetry of smooth (n, H, W), whose sky has this noise (n,), in the aperture of signal, about half of twice_y, _x."""
     n, height, width = signal.shape
     y, x = np.arange(height) - twice_y[:, None] / 2, np.arange(width) - twice_x[:, None] / 2
     distance = np.hypot(y[:, :, None], x[:, None])
@@ -132,23 +129,14 @@ def _about(
     excess = brightness - PETROSIAN * within
     aperture = APERTURE * _crossing(middle, excess, np.where(bright.any(1), last, 0))
 
-    row = np.arange(n)
-    k = np.minimum(aperture.astype(np.int64), len(edges) - 2)
-    total = growth[row, k] + (growth[row, k + 1] - growth[row, k]) * np.minimum(aperture - k, 1)
-    radii = []
-    for share in (0.2, 0.8):
-        missing = share * total[:, None] - growth
-        radii.append(_crossing(edges, missing, np.maximum((missing <= 0).argmax(1) - 1, 0)))
-    has_light = (total > 0) & (radii[0] > 0)
-    concentration = 5 * np.log10(np.where(has_light, radii[1] / _or_one(radii[0]), 1))
-
+    row = np.arange(n)[:, None, None]
     # Indices run past the ends and around: what lies opposite there is sky, as all near the border is.
-    opposite = smooth[row[:, None, None], ((twice_y[:, None] - np.arange(height)) % height)[:, :, None],
+    opposite = smooth[row, ((twice_y[:, None] - np.arange(height)) % height)[:, :, None],
                       ((twice_x[:, None] - np.arange(width)) % width)[:, None]]  # fmt: skip
     inside = distance <= aperture[:, None, None]
     difference = np.where(inside, np.abs(smooth - opposite), 0).sum((1, 2))
     of_sky = inside.sum((1, 2)) * 2 / np.sqrt(np.pi) * noise  # E |a - b| of normal numbers
-    return concentration, (difference - of_sky) / _or_one(np.where(inside, np.abs(smooth), 0).sum((1, 2)))
+    return (difference - of_sky) / _or_one(np.where(inside, np.abs(smooth), 0).sum((1, 2)))
 
 
 def _number_of_images(signal: np.ndarray, smooth: np.ndarray, segment: np.ndarray, quieter: float) -> np.ndarray:

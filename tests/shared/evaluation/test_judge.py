@@ -60,7 +60,7 @@ def test_what_is_planted_is_said(data: LensImages) -> None:
     assert "lens_fits" not in whole.metrics  # no preset is known
     lines = verdict(whole.metrics)
     assert any(
-        "all 13 quantities measured on each image are distributed as in real images" in text for _, text in lines
+        "all 12 quantities measured on each image are distributed as in real images" in text for _, text in lines
     )
     assert any("training images among them" in text for _, text in lines)
 
