@@ -5,7 +5,7 @@ import csv
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,17 @@ def sheet(pictures: np.ndarray, columns: int = 8, title: str = "") -> Image.Imag
         page.paste(Image.fromarray(picture), ((i % columns) * (width + gap), top + (i // columns) * (height + gap)))
     if title:
         ImageDraw.Draw(page).text((4, 3), title, fill=(230, 230, 230))
+    return page
+
+
+def rows(named: Mapping[str, Tensor | np.ndarray], value_range: tuple[float, float] = (0.0, 1.0)) -> Image.Image:
+    """{name: (N, C, H, W)} -> one row of pictures below the other, each under its name."""
+    parts = [grid(images, len(images), value_range, title=name) for name, images in named.items()]
+    page = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), (24, 24, 28))
+    top = 0
+    for part in parts:
+        page.paste(part, (0, top))
+        top += part.height
     return page
 
 

@@ -15,7 +15,8 @@ from shared.processes import is_main_process
 
 # What may differ between a run and its continuation without making it another run.
 HARMLESS = ("output", "logger", "trainer.log_every", "trainer.checkpoint_every", "trainer.validate_every",
-            "trainer.progress", "trainer.compile", "trainer.checkpoint_gradients", "trainer.score", "sampling")  # fmt: skip
+            "trainer.progress", "trainer.compile", "trainer.checkpoint_gradients", "trainer.score", "trainer.watched",
+            "trainer.previews", "sampling")  # fmt: skip
 
 
 class Run:

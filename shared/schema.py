@@ -506,6 +506,10 @@ class Trainer(Block):
 class ScoredTrainer(Trainer):
     score_every: int = key(0, "steps between Frechet distances of samples to validation images; 0: none", ge=0)
     score_count: int = key(250, "samples of each such distance, at most as many as validation images", ge=2)
+    watched: int = key(
+        256, "images of the validation and of the training split whose errors are held-out metrics", ge=2
+    )
+    previews: int = key(16, "lenses of each picture; 0: none", ge=0)
 
 
 class Logger(Block):

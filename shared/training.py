@@ -463,10 +463,11 @@ def wandb_logger(config: Any, run: Run) -> WandbLogger | None:
 # --- fit --------------------------------------------------------------------------------------------------------------
 
 
-def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
+def fit(module: StageModule, run: Run, fingerprint: dict[str, str], callbacks: Sequence[Callback] = ()) -> None:
     """Train `module` to trainer.max_steps, from last.ckpt where there is one.
 
     fingerprint   what must not change between a run and its continuation, beyond the config: the data, the autoencoder
+    callbacks     of Lightning, beside those that every run has
     SystemExit    130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 (a cluster's warning), once the state is saved
     """
     t = run.config.trainer
@@ -498,7 +499,7 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str]) -> None:
         max_epochs=-1,
         use_distributed_sampler=False,
         logger=loggers,
-        callbacks=[Monitor(run.config, run), checkpoint],
+        callbacks=[Monitor(run.config, run), checkpoint, *callbacks],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

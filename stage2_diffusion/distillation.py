@@ -29,6 +29,7 @@ from stage2_diffusion.pipeline import publish_generator
 from stage2_diffusion.samplers import Denoise, Noise, Schedule, SeededNoise, ab2, consistency
 
 HELD_OUT = 64  # noises whose paths are watched
+PREVIEWS = 16
 EXACT = 32  # evaluations of the teacher a watched path
 
 
@@ -161,7 +162,7 @@ class Distillation(StageModule):
             guess = consistency(generator.denoise(cond), shadow.schedule, lambda shape: noise, noise.shape[1:], 1)
         metrics = {"end_error": float((guess - self.ends).square().mean())}
         if folder is not None:
-            save_previews(folder, self.trainer.global_step, generator)
+            save_previews(folder, self.trainer.global_step, generator, PREVIEWS)
         shadow.train(was_training)
         return metrics
 

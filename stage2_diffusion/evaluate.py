@@ -11,6 +11,7 @@ each image is kept in OUT/measured, and of real ones beside their data: a run th
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import platform
@@ -62,8 +63,8 @@ from stage2_diffusion.sample import (
     seed_range,
 )
 
-TIMED = 64  # lenses
-REPEATS = 3
+TIMED, REPEATS = 64, 3  # lenses
+PATIENCE = 10.0  # seconds: what drawing some lenses to be timed, or filmed, may take
 FILMED, FRAMES = 6, 12
 OF_A_RUN = ("config.yaml", "last.ckpt", "config.json", "model")
 
@@ -108,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
         plan = judge.plan(a, reference, networks, count)
         guide = Generator.from_pretrained(a.guide, check_device(a.device), a.trust) if a.guide else None
         samples, asked, sampling = samples_of(a, generator, guide, reference, plan.far_places, kept)
+        if guide is None and sampling.get("guide"):
+            guide = guide_of(sampling, a)
         about |= {"weights_sha256": generator.config["sha256"], "sampling": sampling}
         candidates = {"reconstructions": reconstructions(generator, plan.far, kept), "samples": samples.stored()}
         if generator.config.get("fingerprint", {}).get("data") != reference.fingerprint and "memory" not in plan.skip:
@@ -134,13 +137,15 @@ def main(argv: list[str] | None = None) -> None:
     make_folder(out)
     about["samples"] = candidates["samples"].key
     evaluation = judge.judge(plan, candidates, asked)
-    if drawn:
+    timed = drawn and (guide is not None or not sampling.get("guide"))
+    if timed:
         # Measured once and kept, like the rest.
         about["cost"] = remembered(samples, f"cost on {machine()}", lambda: cost(generator, guide, asked, sampling))
     metrics = finite({**about, **evaluation.metrics, "versions": versions()})
     page = report(evaluation, metrics)
+    if timed:
+        film(page, generator, guide, asked, sampling, about["cost"]["milliseconds"])
     if drawn:
-        film(page, generator, guide, asked, sampling)
         about_training(page, path, generator.config)
     page.section("How it was made").listing(json.dumps(metrics, indent=1))
     page.write(out / "report.html")
@@ -201,6 +206,16 @@ def made_by(generator: Generator) -> str:
     return f"{generator.config['sha256']} {hashlib.sha256(config.encode()).hexdigest()[:16]} {code} {generator.device.type}"
 
 
+def guide_of(sampling: Mapping[str, Any], options: argparse.Namespace) -> Generator | None:
+    """What samples in a file were guided by; None, and a line that says so, where it is no longer there."""
+    with contextlib.suppress(UserError):
+        found = Generator.from_pretrained(sampling["guide"], check_device(options.device), options.trust)
+        if found.config["sha256"] == sampling["guide_sha256"]:
+            return found
+    print(f"neither timed nor filmed: the guide of these samples, {sampling['guide']}, is not there", file=sys.stderr)
+    return None
+
+
 def read_samples(path: Path, count: int, generator: Generator) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """How this very model has drawn a samples.npz, and what the first `count` lenses in it were asked to be."""
     try:
@@ -215,7 +230,7 @@ def read_samples(path: Path, count: int, generator: Generator) -> tuple[dict[str
         raise UserError(f"{path} holds clean images, which real ones are not: draw the samples without --clean")
     if drawn < count:
         raise UserError(f"{path} holds {drawn} samples, {count} are to be scored: draw more, or lower --count")
-    return {k: metadata.get(k) for k in (*SETTINGS, *GUIDANCE, "guide", "times", "first_seed")}, asked
+    return {k: metadata.get(k) for k in (*SETTINGS, *GUIDANCE, "guide", "guide_sha256", "times", "first_seed")}, asked
 
 
 def reconstructions(generator: Generator, images: ImageSet, kept: Path) -> ImageSet:
@@ -244,15 +259,22 @@ def options_of(
 def cost(
     generator: Generator, guide: Generator | None, asked: Mapping[str, np.ndarray], sampling: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """GFLOP a lens, decoder and guide included, and milliseconds a lens, TIMED at once (median of REPEATS)."""
-    told, seconds = options_of(guide, asked, sampling, TIMED), []
-    for _ in range(REPEATS + 1):  # the first is to warm up
-        started = time.perf_counter()
-        generator.images(range(TIMED), **told)
-        seconds.append(time.perf_counter() - started)
+    """GFLOP a lens, decoder and guide included, and milliseconds a lens, TIMED at once (median of REPEATS), or fewer where
+    that would take longer than PATIENCE."""
+
+    def seconds(count: int) -> float:
+        told, started = options_of(guide, asked, sampling, count), time.perf_counter()
+        generator.images(range(count), **told)
+        return time.perf_counter() - started
+
+    one = seconds(1)  # to warm up
+    if one < PATIENCE:
+        one = seconds(1)
+    at_once = max(1, min(TIMED, int(PATIENCE / one)))
+    taken = [seconds(at_once) for _ in range(REPEATS)] if one < PATIENCE else [one]
     return {
         "gflop": generator.gflop(**options_of(guide, asked, sampling, 1)),
-        "milliseconds": 1000 * float(np.median(seconds[1:])) / TIMED,
+        "milliseconds": 1000 * float(np.median(taken)) / at_once, "at_once": at_once,
         "device": str(generator.device), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
@@ -263,10 +285,12 @@ def film(
     guide: Generator | None,
     asked: Mapping[str, np.ndarray],
     sampling: Mapping[str, Any],
+    milliseconds: float,
 ) -> None:
-    """How the first lenses come about: what each is taken for at every step."""
+    """How the first lenses come about: what each is taken for at every step; fewer of those that take long."""
     first, transform = sampling["first_seed"], generator.autoencoder.transform
-    states = generator.trajectory(range(first, first + FILMED), **options_of(guide, asked, sampling, FILMED))
+    count = max(1, min(FILMED, int(1000 * PATIENCE / milliseconds)))
+    states = generator.trajectory(range(first, first + count), **options_of(guide, asked, sampling, count))
     chosen = sorted({round(k) for k in np.linspace(0, len(states) - 1, FRAMES)})
     title = "evaluation {} of {}: what each will be, without pixel noise"
     frames = [grid(transform.unit(states[k]), FILMED, title=title.format(k + 1, len(states))) for k in chosen]

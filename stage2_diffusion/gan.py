@@ -181,9 +181,9 @@ class GANModule(SampledModule):
         if collapsed and not self.told:
             tqdm.write(f"{self.verdict()}, at step {self.trainer.global_step}")
         self.told = collapsed  # once each time it begins; a run starts with samples that are all alike
-        if folder is not None:
+        if folder is not None and self.config.trainer.previews:
             was_training = self.shadow.training
-            save_previews(folder, self.trainer.global_step, self.generator(self.shadow))
+            save_previews(folder, self.trainer.global_step, self.generator(self.shadow), self.config.trainer.previews)
             self.shadow.train(was_training)
         return dict(metrics)
 

@@ -18,13 +18,11 @@ from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.generator import Generator
 from stage2_diffusion.watch import Distance, Memorisation, gap_z
 
-PREVIEWS = 16
 LEVELS = 8  # noise levels at which the held-out loss is watched: overtraining shows first at the low ones
-WATCHED = 256  # training images whose loss is watched beside it
 
 
 def save_previews(
-    folder: Path, step: int, generator: Generator, n: int = PREVIEWS, asked: Mapping[str, np.ndarray] | None = None
+    folder: Path, step: int, generator: Generator, n: int, asked: Mapping[str, np.ndarray] | None = None
 ) -> None:
     """A picture of n lenses, always of the same seeds, by the generator's own settings."""
     pictures = generator.autoencoder.transform.unit(generator.images(range(n), cond=asked))
@@ -91,7 +89,7 @@ class DiffusionModule(SampledModule):
         self.averages.extend(PowerEMA(network, length) for length in config.ema.lengths)
         self.conditions, self.known = conditions, held_out_known or {}
         self.held_out = held_out, conditions.vector(len(held_out), self.known)
-        seen = batches(torch.arange(min(WATCHED, count)))  # none of them turned
+        seen = batches(torch.arange(min(config.trainer.watched, count)))  # none of them turned
         self.seen = (seen[0], seen[1]) if isinstance(seen, tuple) else (seen, None)
         self.memorisation = Memorisation()
         self.noise: torch.Generator | None = None  # of the loss; None: torch's global one
@@ -148,8 +146,9 @@ class DiffusionModule(SampledModule):
                 f"{self.config.name} begins to memorise: at step {self.trainer.global_step} the error at low noise rises on "
                 "held-out images and falls on training images; stop earlier, or give it more images, backbone.dropout or less width"
             )
-        if folder is not None:
-            n = min(PREVIEWS, len(self.held_out[0])) if self.known else PREVIEWS
+        n = self.config.trainer.previews
+        if folder is not None and n:
+            n = min(n, len(self.held_out[0])) if self.known else n
             asked = {name: values[:n] for name, values in self.known.items()}  # of the first held-out images
             save_previews(folder, self.trainer.global_step, self.generator(shadow), n, asked)
         shadow.train(was_training)

@@ -1,6 +1,6 @@
 """Stage 2 from a config to a published generator: encode the latents once, train on them, publish."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from stage2_diffusion.grids import tune
 from stage2_diffusion.module import DiffusionModule
 from stage2_diffusion.watch import Distance
 
-HELD_OUT = 256  # validation images whose latents are watched
+FEW = 256  # images that need no progress bar
 
 
 def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
@@ -38,21 +38,16 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     if isinstance(config, Stage2) and isinstance(config.backbone, Custom):
         trust(config.backbone.class_path)
     images = LensImages(config.data.path)
-    blocks = to_dict(config)
-    autoencoder, autoencoder_config = load_autoencoder(
-        config.autoencoder, images.image_shape, images.transform, blocks["pixels"]
-    )
+    autoencoder, autoencoder_config = autoencoder_of(config, images)
     turned = turns(images, config.data.augment)
-    conditions = Conditions()
-    if isinstance(config, Stage2):
-        conditions = Conditions.learn(blocks["condition"], images, images.split("train"), turned)
+    conditions = conditions_of(config, images, turned)
     made_from = {"data": images.fingerprint, "autoencoder": fingerprint(config.autoencoder), **turned.fingerprint}
     run = Run(config, resume)
     if run.is_complete(made_from):
         tqdm.write(f"{run.folder} is complete")
         return run.model
     precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
-    train_split, held_out_split = images.split("train"), images.split("validation")[:HELD_OUT]
+    train_split, held_out_split = images.split("train"), images.split("validation")[: config.trainer.watched]
     if not len(held_out_split):
         raise UserError(f"{config.data.path} has {len(images)} images, none of them for validation: prepare more")
     if config.autoencoder == "pixels":
@@ -63,20 +58,48 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     distance = (
         Distance(images, config.trainer.score_count) if config.trainer.score_every and is_main_process() else None
     )
-    torch.manual_seed(config.seed)
     data = batches, len(train_split), turned.chances, held_out
-    module: DiffusionModule | GANModule
-    if isinstance(config, Stage2):
-        network = build_denoiser(blocks["backbone"], blocks["diffusion"], autoencoder.latent_shape, conditions)
-        known = conditions.of(images, held_out_split)
-        module = DiffusionModule(config, network, autoencoder, *data, precision, conditions, known, distance)
-    else:
-        synthesis = build("gan", blocks["gan"], latent_shape=autoencoder.latent_shape)
-        module = GANModule(config, synthesis, autoencoder, *data, precision, distance)
+    known = conditions.of(images, held_out_split)
+    module = module_of(config, autoencoder, data, precision, conditions, known, distance)
     fit(module, run, made_from)
     if is_main_process():
         finish(module, autoencoder, autoencoder_config, images, run, precision, made_from)
     return run.model
+
+
+def autoencoder_of(config: Stage2 | Adversarial, images: LensImages) -> tuple[Autoencoder, dict[str, Any]]:
+    """What the config's latents are those of, for these images, and its own config."""
+    return load_autoencoder(config.autoencoder, images.image_shape, images.transform, to_dict(config)["pixels"])
+
+
+def conditions_of(config: Stage2 | Adversarial, images: LensImages, turned: Turns) -> Conditions:
+    """What the network is told of an image; a GAN nothing."""
+    if not isinstance(config, Stage2):
+        return Conditions()
+    return Conditions.learn(to_dict(config)["condition"], images, images.split("train"), turned)
+
+
+def module_of(
+    config: Stage2 | Adversarial,
+    autoencoder: Autoencoder,
+    data: tuple[Callable[[Tensor], Tensor | tuple[Tensor, ...]], int, Sequence[float], Tensor],
+    precision: str,
+    conditions: Conditions,
+    known: Mapping[str, np.ndarray] | None = None,
+    distance: Distance | None = None,
+) -> DiffusionModule | GANModule:
+    """A new network, from the config's seed, for Lightning to train.
+
+    data    batches, count, chances and held_out of `SampledModule` and its subclasses
+    known   of the held-out images
+    """
+    torch.manual_seed(config.seed)
+    blocks = to_dict(config)
+    if isinstance(config, Stage2):
+        network = build_denoiser(blocks["backbone"], blocks["diffusion"], autoencoder.latent_shape, conditions)
+        return DiffusionModule(config, network, autoencoder, *data, precision, conditions, known, distance)
+    synthesis = build("gan", blocks["gan"], latent_shape=autoencoder.latent_shape)
+    return GANModule(config, synthesis, autoencoder, *data, precision, distance)
 
 
 def turned_latents(
@@ -128,7 +151,7 @@ def encode(
     """The latents (n, c, h, w) of images turned by an element, computed once and held in memory."""
     device = choose_device(config.trainer.accelerator)
     autoencoder.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    show = None if config.trainer.progress and len(indices) > HELD_OUT else True
+    show = None if config.trainer.progress and len(indices) > FEW else True
     parts = []
     with (
         autocast(device, precision),

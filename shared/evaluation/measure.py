@@ -54,13 +54,13 @@ class ImageSet:
         return self.get(np.arange(min(count, self.n)))
 
     def stored(self) -> "ImageSet":
-        """The same, drawn once: chunks of images are kept in files beside the measurements, until `forget`."""
+        """The same, drawn once: batches of images are kept in files beside the measurements, until `forget`."""
         if self.kept is None:
             return self
         folder = self.kept / f"images-{_short(self.key)}"
 
-        def chunk(start: int) -> Tensor:
-            places, file = np.arange(start, min(start + CHUNK, self.n)), folder / f"{start}.npz"
+        def batch(start: int) -> Tensor:
+            places, file = np.arange(start, min(start + BATCH, self.n)), folder / f"{start}.npz"
             found = _read(file)
             if found is None:
                 found = {"images": self.get(places).numpy()}
@@ -68,10 +68,10 @@ class ImageSet:
             return torch.from_numpy(found["images"])
 
         def get(places: np.ndarray) -> Tensor:
-            starts = np.asarray(places) // CHUNK * CHUNK
+            starts = np.asarray(places) // BATCH * BATCH
             images: list[Tensor] = [torch.empty(0)] * len(places)
             for start in np.unique(starts):
-                drawn = chunk(int(start))
+                drawn = batch(int(start))
                 for k in np.flatnonzero(starts == start):
                     images[k] = drawn[int(places[k]) - int(start)]
             return torch.stack(images)
@@ -243,6 +243,10 @@ def quantities_of(transform: PixelTransform) -> list[Measure]:
         inside = images.double().clamp(edges[0], edges[-1]).numpy()  # what is beyond is in the last bins
         return np.stack([np.histogram(image, edges)[0] for image in inside])
 
+    def spectrum(images: Tensor) -> dict[str, np.ndarray]:
+        k, power = physics.radial_power_spectrum(images)
+        return {"k": k[None], "power": power}
+
     def noise(images: Tensor) -> dict[str, np.ndarray]:
         curve = physics.noise_curve(images, span)
         return {"pixels": curve.pixels[None], "light": curve.light[None], "squares": curve.squares[None]}
@@ -250,7 +254,7 @@ def quantities_of(transform: PixelTransform) -> list[Measure]:
     identity = f"{transform.to_config()} {edges[[0, -1]]} {source(physics, two_sample, normalise)}"
     return [
         Measure("summaries", identity, lambda images: physics.summaries(images, span)),
-        Measure("power", identity, lambda images: {"power": physics.radial_power_spectrum(images)[1]}),
+        Measure("spectrum", identity, spectrum),
         Measure("shapes", f"{identity} {source(morphology)}", lambda images: morphology.summaries(images, span)),
         Measure("noise", identity, noise),
         Measure("histogram", identity, lambda images: {"counts": counts(images)}),
@@ -276,7 +280,6 @@ class Measured:
         self.networks, self.transform = list(networks), transform
         self.edges = histogram_edges(transform)
         self.measures = [*(features_of(network, transform) for network in self.networks), *quantities_of(transform)]
-        self.k = np.empty(0)
         self._parts: dict[str, list[Mapping[str, np.ndarray]]] = {one.name: [] for one in self.measures}
 
     @classmethod
@@ -289,20 +292,14 @@ class Measured:
     ) -> "Measured":
         """Of a whole set; see `measure`."""
         measured = cls(networks, transform)
-        measured._k_of(images.first(1))
         for name, columns in measure(images, measured.measures, progress).items():
             measured._parts[name].append(columns)
         return measured
 
     def add(self, images: Tensor) -> None:
         """images (n, C, H, W), in the data's own units."""
-        self._k_of(images)
         for one in self.measures:
             self._parts[one.name].append(one.call(images))
-
-    def _k_of(self, images: Tensor) -> None:
-        if not len(self.k):
-            self.k = physics.radial_power_spectrum(images[:1])[0]
 
     def _columns(self, name: str) -> dict[str, np.ndarray]:
         parts = self._parts[name]
@@ -319,8 +316,12 @@ class Measured:
         return {**self._columns("summaries"), **self._columns("shapes")}
 
     @property
+    def k(self) -> np.ndarray:
+        return self._columns("spectrum")["k"][0]
+
+    @property
     def power(self) -> np.ndarray:
-        return self._columns("power")["power"]
+        return self._columns("spectrum")["power"]
 
     @property
     def noise(self) -> physics.NoiseCurve:
@@ -332,4 +333,4 @@ class Measured:
         return self._columns("histogram")["counts"].sum(0)
 
     def __len__(self) -> int:
-        return len(self._columns("power").get("power", ()))
+        return len(self._columns("spectrum").get("power", ()))

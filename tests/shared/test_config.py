@@ -206,7 +206,7 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_place(write):
         "base.yaml: diffusion.prediction: velocity needs schedule flow; with cosine use v",
         "run.yaml: trainer.max_steps: must be an integer, not 'soon'",
         "run.yaml: trainer.precison: unknown key; did you mean 'precision'? "
-        f"(known: {trainer}checkpoint_every, progress, score_every, score_count)",
+        f"(known: {trainer}checkpoint_every, progress, score_every, score_count, watched, previews)",
         f"run.yaml: lr: unknown key; did you mean 'optimizer.lr'? {known})",
         "command line: seed: must be an integer, not true",
         "command line: resum: unknown key; did you mean '--resume'? "

@@ -193,7 +193,7 @@ def test_evaluations_are_compared(home: Path) -> None:
     header, _, first, second = Path("tables/two.md").read_text().splitlines()
     assert "fd_test, excess (floor 1.00 ± 0.10)" in header
     assert [cell.strip() for cell in first.split("|")[1:-1]] == [
-        "a/unet", "0.50 ± 0.10", "none", "50% of 20 (30% to 70%)", "1.20", "0.60 (0.50 to 0.70)", "2.00", "7.00",
+        "a/unet", "0.50 ± 0.10", "–", "–", "0 of 1", "50% of 20 (30% to 70%)", "1.20", "0.60 (0.50 to 0.70)", "–", "2.00", "7.00",
     ]  # fmt: skip
     assert second.rstrip().endswith("| 4.00         | –         |")
     assert Image.open("tables/two.png").width > 400

@@ -11,7 +11,7 @@ from shared.data.cache import LensImages
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.evaluation.files import of_files
-from shared.evaluation.measure import CHUNK, ImageSet, Measure, Measured, measure, of_data, of_tensor, remembered
+from shared.evaluation.measure import BATCH, CHUNK, ImageSet, Measure, Measured, measure, of_data, of_tensor, remembered
 from shared.evaluation.protocols import PROTOCOLS, Protocol, chosen, clip, crop, lanczos, min_max, resize
 from shared.evaluation.reference import halves
 from shared.evaluation.scores import compare, under_protocol
@@ -95,7 +95,7 @@ def test_images_are_drawn_once(tmp_path: Path) -> None:
     measure(one, [mean_of()])  # what was measured stays
     assert get.drawn == N
     one.get(np.array([0]))
-    assert get.drawn == N + CHUNK
+    assert get.drawn == N + BATCH
 
 
 def test_answers_are_remembered_by_images_and_question(tmp_path: Path) -> None:
