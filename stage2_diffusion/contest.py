@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared.checkpoint import find_model, find_run, read_config
-from shared.config import load_config, merge, to_dict
+from shared.config import load_config, merge, parse_overrides, to_dict
 from shared.data.cache import LensImages
 from shared.data.symmetries import turns
 from shared.errors import UserError
@@ -155,8 +155,9 @@ def systems(
     as_they_are = [System(Path(model).name, find_run(model)) for model in models]
     found: list[Config] = []
     for path in configs:
-        config: Config = load_config(Stage2, [path], overrides)
-        links: dict[str, Any] = {"output": str(out), "data": {"path": reference}}
+        given = merge(parse_overrides(overrides), {"output": str(out), "data": {"path": reference}})
+        config: Config = load_config(Stage2, [path], given)
+        links: dict[str, Any] = {}
         if config.autoencoder != "pixels":
             links["autoencoder"] = str(find_run(autoencoder or config.autoencoder))
         if config.logger.wandb == "auto":
