@@ -119,6 +119,21 @@ zero_or_above = between(0, math.inf, "from 0 on")
 share = between(0, 1, "from 0 to 1")
 
 
+def two_numbers(what: str, fine: Callable[[float, float], bool]) -> Callable[[str], tuple[float, float]]:
+    """argparse's type of two finite numbers A,B for which `fine` holds, described as `what`."""
+
+    def numbers(text: str) -> tuple[float, float]:
+        try:
+            a, b = map(float, text.split(","))
+        except ValueError:
+            a, b = math.nan, math.nan
+        if not (math.isfinite(a) and math.isfinite(b) and fine(a, b)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return a, b
+
+    return numbers
+
+
 def part(text: str) -> tuple[int, int]:
     """argparse's type of the K-th of N parts, K/N: (K, N)."""
     numbers = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from shared.cli import Parser, at_least, positive
+from shared.cli import Parser, at_least, positive, two_numbers
 from shared.data.cache import INDEX, LensImages
 from shared.data.formats import CONDITION
 from shared.data.sources import BrokenImage, Source
@@ -44,7 +44,10 @@ def main(argv: list[str] | None = None) -> None:
         "--free", default="", metavar="n_s,R_s", help="parameters to free beside those the preset draws"
     )
     parser.add_argument(
-        "--noise", type=_law, metavar="A,B", help="variance A + B signal, not the preset's photon noise"
+        "--noise",
+        type=two_numbers("A,B with A > 0 and B >= 0", lambda a, b: a > 0 and b >= 0),
+        metavar="A,B",
+        help="variance A + B signal, not the preset's photon noise",
     )
     parser.add_argument(
         "--margin", type=at_least(0), default=0, help="pixels at the border that are left out (default: 0)"
@@ -186,13 +189,3 @@ def _same_turn(name: str, values: np.ndarray, prior: np.ndarray) -> np.ndarray:
         return values
     middle = (prior.min() + prior.max()) / 2
     return (values - middle + 90) % 180 - 90 + middle
-
-
-def _law(text: str) -> tuple[float, float]:
-    try:
-        a, b = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not A,B: two numbers") from None
-    if not (a > 0 and b >= 0 and np.isfinite([a, b]).all()):
-        raise argparse.ArgumentTypeError(f"{text!r} needs A > 0 and B >= 0")
-    return a, b

@@ -147,7 +147,7 @@ class StageModule(lightning.LightningModule):
         raise NotImplementedError
 
     def validate(self, folder: Path | None) -> dict[str, float]:
-        """Metrics of the shadow on held-out data; pictures into `folder` where one is given."""
+        """Metrics of the shadow, which is in eval mode, on held-out data; pictures into `folder` where one is given."""
         raise NotImplementedError
 
     def score(self) -> dict[str, float]:
@@ -321,9 +321,12 @@ class Monitor(Callback):
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
         if trainer.is_global_zero:
-            paused, metrics = time.perf_counter(), module.score()
+            paused, was_training = time.perf_counter(), module.shadow.training
+            module.shadow.eval()  # a quantiser in train mode would learn, and dropout drop
+            metrics = module.score()
             if step % t.validate_every == 0 or step == t.max_steps:
                 metrics |= module.validate(self.run.folder / "samples")
+            module.shadow.train(was_training)
             if metrics:
                 self._log(trainer, {f"validation/{k}": v for k, v in metrics.items()})
                 self.mark = (self.mark[0], self.mark[1] + time.perf_counter() - paused)

@@ -80,8 +80,6 @@ class VQVAEModule(StageModule):
 
     @torch.no_grad()
     def validate(self, folder: Path | None) -> dict[str, float]:
-        was_training = self.shadow.training
-        self.shadow.eval()
         q = self.network.quantizer
         usage = CodeUsage(q.codes, q.heads, q.levels) if q.codes and self.quantizing else None
         outputs = []
@@ -91,7 +89,6 @@ class VQVAEModule(StageModule):
                 outputs.append(self.unit(out.clean.float()))
                 if usage:
                     usage.update(out.indices)
-        self.shadow.train(was_training)
         output, target = torch.cat(outputs), self.unit(self.network.transform(self.held_out.to(self.device)))
         metrics = {
             "psnr": float(-10 * (output - target).square().mean().log10()),

@@ -151,7 +151,7 @@ class Distillation(StageModule):
     @torch.no_grad()
     def validate(self, folder: Path | None) -> dict[str, float]:
         shadow: Denoiser = self.shadow  # type: ignore[assignment]
-        teacher, was_training = self.frozen[0], shadow.training
+        teacher = self.frozen[0]
         sampling = self.config.sampling.model_dump()
         generator = Generator(teacher.autoencoder, shadow, teacher.precision, sampling, teacher.conditions)
         noise, cond = self.held_out[0].to(self.device), self.held_out[1]
@@ -163,7 +163,6 @@ class Distillation(StageModule):
         metrics = {"end_error": float((guess - self.ends).square().mean())}
         if folder is not None:
             save_previews(folder, self.trainer.global_step, generator, PREVIEWS)
-        shadow.train(was_training)
         return metrics
 
 

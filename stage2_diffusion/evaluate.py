@@ -29,7 +29,7 @@ import yaml
 from torch import Tensor
 
 from shared.checkpoint import find_model, find_run, versions
-from shared.cli import Parser, guard
+from shared.cli import Parser, guard, two_numbers
 from shared.data.cache import LensImages
 from shared.data.formats import CONDITION
 from shared.data.normalise import hint
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--guide", metavar="MODEL", help="a weaker model of the same stage 1 to be guided by")
     parser.add_argument(
         "--sample-range",
-        type=_span,
+        type=two_numbers("LOW,HIGH with LOW < HIGH", lambda low, high: low < high),
         metavar="LOW,HIGH",
         help="of the values in files of samples: the ends of the data's range",
     )
@@ -305,16 +305,6 @@ def about_training(page: Report, model: Path, config: Mapping[str, Any]) -> None
     if curves := loss_curves(runs):
         page.section("Training").picture(curves, "loss curves")
     page.section("Configuration of stage 2").listing(yaml.safe_dump(config["training"], sort_keys=False))
-
-
-def _span(text: str) -> tuple[float, float]:
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        low, high = 0.0, 0.0
-    if not low < high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH with LOW < HIGH")
-    return low, high
 
 
 if __name__ == "__main__":

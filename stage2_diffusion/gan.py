@@ -169,9 +169,7 @@ class GANModule(SampledModule):
     def measure(self) -> dict[str, float]:
         """`spread` of samples of the shadow, of always the same seeds, on held-out latents; kept in `spread`."""
         seeds = range(SCORE_SEEDS, SCORE_SEEDS + len(self.held_out))
-        was_training = self.shadow.training
         samples = torch.cat([x for _, x in self.generator(self.shadow).sample(seeds, latents=True)])
-        self.shadow.train(was_training)
         self.spread = spread(samples, self.held_out.to(samples))
         return self.spread
 
@@ -182,9 +180,7 @@ class GANModule(SampledModule):
             tqdm.write(f"{self.verdict()}, at step {self.trainer.global_step}")
         self.told = collapsed  # once each time it begins; a run starts with samples that are all alike
         if folder is not None and self.config.trainer.previews:
-            was_training = self.shadow.training
             save_previews(folder, self.trainer.global_step, self.generator(self.shadow), self.config.trainer.previews)
-            self.shadow.train(was_training)
         return dict(metrics)
 
     def verdict(self) -> str:

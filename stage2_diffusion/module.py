@@ -62,10 +62,7 @@ class SampledModule(StageModule):
         every = self.config.trainer.score_every
         if self.distance is None or self.trainer.global_step % every:
             return {}
-        was_training = self.shadow.training
-        found = self.distance(self.generator(self.shadow))
-        self.shadow.train(was_training)
-        return found
+        return self.distance(self.generator(self.shadow))
 
 
 class DiffusionModule(SampledModule):
@@ -132,8 +129,6 @@ class DiffusionModule(SampledModule):
     @torch.no_grad()
     def validate(self, folder: Path | None) -> dict[str, float]:
         shadow: Denoiser = self.shadow  # type: ignore[assignment]
-        was_training = shadow.training
-        shadow.eval()
         held_out, seen = self.errors(shadow, *self.held_out), self.errors(shadow, *self.seen)
         metrics: dict[str, float] = {}
         for prefix, errors in (("x0_error", held_out), ("train_x0_error", seen)):
@@ -151,7 +146,6 @@ class DiffusionModule(SampledModule):
             n = min(n, len(self.held_out[0])) if self.known else n
             asked = {name: values[:n] for name, values in self.known.items()}  # of the first held-out images
             save_previews(folder, self.trainer.global_step, self.generator(shadow), n, asked)
-        shadow.train(was_training)
         return metrics
 
     def best_average(self) -> tuple[Denoiser, dict[str, float]]:

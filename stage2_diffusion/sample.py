@@ -44,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared.checkpoint import read_config, versions
-from shared.cli import Parser, above_zero, guard, part, positive, share, zero_or_above
+from shared.cli import Parser, above_zero, guard, part, positive, share, two_numbers, zero_or_above
 from shared.data.export import FORMATS, Stack, check_formats, write_npy
 from shared.data.formats import CONDITION
 from shared.errors import UserError
@@ -367,7 +367,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eta", type=share, help="of ddim: 0 adds no noise on the way, 1 as much as ddpm")
     parser.add_argument("--guidance", type=zero_or_above, help="away from the model unasked, or from --guide; 1: none")
     parser.add_argument(
-        "--guidance-interval", type=_interval, metavar="LOW,HIGH", help="of the share of noise, 0 to 1, where to guide"
+        "--guidance-interval",
+        type=two_numbers("LOW,HIGH with 0 <= LOW <= HIGH <= 1", lambda low, high: 0 <= low <= high <= 1),
+        metavar="LOW,HIGH",
+        help="of the share of noise, 0 to 1, where to guide",
     )
 
 
@@ -400,16 +403,6 @@ def draw(generator: Generator, seeds: range, **options: Any) -> Tensor:
 def bar(total: int, what: str, done: int = 0) -> tqdm:
     """A progress bar in lenses a second, on a terminal."""
     return tqdm(total=total, initial=done, unit="lens", desc=what, disable=None, leave=False)
-
-
-def _interval(text: str) -> tuple[float, float]:
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        low, high = 1.0, 0.0
-    if not 0 <= low <= high <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH with 0 <= LOW <= HIGH <= 1")
-    return low, high
 
 
 if __name__ == "__main__":

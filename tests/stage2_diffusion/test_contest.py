@@ -169,7 +169,7 @@ def test_systems_are_trained_scored_and_not_trained_again(home: Path, capsys: py
                 "--backbne.width",
                 "4",
             ],
-            "did you mean",
+            "backbne: unknown key",
         ),
         (
             [
