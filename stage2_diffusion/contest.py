@@ -105,7 +105,14 @@ class Trial(Callback):
 
 
 def step_cost(config: Config) -> StepCost:
-    """What a step of this config costs here, on random latents; nothing is kept."""
+    """What a step of this config costs here."""
+    trial = Trial()
+    try_out(config, trial)
+    return StepCost(trial.seconds, trial.gflop)
+
+
+def try_out(config: Config, callback: Callback) -> None:
+    """Train on random latents until the callback raises Trial.Over. Nothing is kept."""
     images = LensImages(config.data.path)
     autoencoder, _ = autoencoder_of(config, images)
     conditions = conditions_of(config, images, turns(images, "none"))
@@ -117,14 +124,12 @@ def step_cost(config: Config) -> StepCost:
         return latents if told is None else (latents, told)
 
     quick = {"validate_every": NEVER, "checkpoint_every": NEVER, "max_steps": NEVER, "watched": 2, "progress": False}
-    trial = Trial()
     with tempfile.TemporaryDirectory() as folder, suppress(Trial.Over):
         changes = {"output": folder, "trainer": quick, "logger": {"wandb": "disabled"}}
         config = load_config(type(config), [], merge(to_dict(config), changes))
         precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
         data = batches, len(images), (1.0,), torch.randn(2, *shape)
-        fit(module_of(config, autoencoder, data, precision, conditions), Run(config), {}, callbacks=[trial])
-    return StepCost(trial.seconds, trial.gflop)
+        fit(module_of(config, autoencoder, data, precision, conditions), Run(config), {}, callbacks=[callback])
 
 
 @dataclass(frozen=True)
