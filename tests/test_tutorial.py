@@ -79,7 +79,5 @@ def test_a_command_that_fails_stops_it(started: Path):
     notebook = tutorial()
     sizes = next(cell for cell in notebook.cells if cell.id == "sizes")
     notebook.cells = [sizes, nbformat.v4.new_code_cell('lens_ldm("simulate --preset deeplens --count 2 --out data")')]
-    with pytest.raises(CellExecutionError, match="SystemExit: 2"):
+    with pytest.raises(CellExecutionError, match="did you mean 'deeplense'"):
         execute(notebook, started)
-    said = "".join(output.get("text", "") for output in notebook.cells[1].outputs)
-    assert "did you mean 'deeplense'" in said
