@@ -270,7 +270,7 @@ def cost(
     one = seconds(1)  # to warm up
     if one < PATIENCE:
         one = seconds(1)
-    at_once = max(1, min(TIMED, int(PATIENCE / one)))
+    at_once = max(1, min(TIMED, int(PATIENCE / REPEATS / one)))
     taken = [seconds(at_once) for _ in range(REPEATS)] if one < PATIENCE else [one]
     return {
         "gflop": generator.gflop(**options_of(guide, asked, sampling, 1)),
