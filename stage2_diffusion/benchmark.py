@@ -15,7 +15,6 @@ more --rounds it adds some. Nothing here needs data: speed does not depend on wh
 """
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
@@ -25,19 +24,14 @@ import signal
 import statistics
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from shared.checkpoint import read_config, versions
@@ -45,9 +39,8 @@ from shared.cli import Parser, above_zero, positive
 from shared.errors import UserError
 from shared.files import make_folder, markdown, resumed, write_atomically
 from shared.precision import check_device, choose_device
-from shared.training import quiet
 from stage2_diffusion.sample import add_model
-from stage2_diffusion.systems import OURS, SYSTEMS, TIMESTEPS, Plan, System
+from stage2_diffusion.systems import OURS, SYSTEMS, TIMESTEPS, Plan, work
 
 Job = tuple[str, str]  # a system, and train or sample
 Ask = Callable[..., Any]
@@ -58,8 +51,8 @@ RATES = {"train": "images/s", "sample": "seconds a lens"}
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("lens-ldm benchmark", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_model(parser, default="deeplense-unet")
-    others = [name for name in SYSTEMS if name != OURS]
-    parser.add_argument("--against", nargs="*", default=others, metavar="SYSTEM", help="default: all; or none")
+    known = others(SYSTEMS)
+    parser.add_argument("--against", nargs="*", default=known, metavar="SYSTEM", help="default: all; or none")
     parser.add_argument("--rounds", type=positive, default=5, help="default %(default)s")
     parser.add_argument("--seconds", type=above_zero, default=2.0, help="a turn, at least (default %(default)s)")
     parser.add_argument(
@@ -81,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder (default %(default)s)")
     argv = sys.argv[1:] if argv is None else argv
     a = parser.parse_args(argv)
-    if unknown := [name for name in a.against if name not in others]:
-        raise UserError(f"--against {unknown[0]}: there are {', '.join(others)}")
+    if unknown := [name for name in a.against if name not in known]:
+        raise UserError(f"--against {unknown[0]}: there are {', '.join(known)}")
     chosen = [name for name in SYSTEMS if name == OURS or name in a.against]
     require_libraries(chosen)
     config = read_config(a.model, "diffusion")
@@ -119,13 +112,17 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{path}, {a.out / 'benchmark.md'}")
 
 
+def others(systems: Iterable[str]) -> list[str]:
+    return [name for name in systems if name != OURS]
+
+
 def require_libraries(systems: Sequence[str]) -> None:
     """UserError for the first of these systems that needs a package which is not here."""
-    for name in systems:
+    for name in others(systems):
         for library in SYSTEMS[name].libraries:
             package = library.partition(".")[0]
             if importlib.util.find_spec(package) is None:
-                rest = [other for other in systems if other != OURS and package not in str(SYSTEMS[other].libraries)]
+                rest = [other for other in others(systems) if package not in str(SYSTEMS[other].libraries)]
                 without = " ".join(["--against", *rest])
                 raise UserError(
                     f"{name} needs {package.replace('_', '-')}: `pip install 'lens-ldm[benchmark]'`, or leave it out: {without}"
@@ -139,76 +136,7 @@ def tasks(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     return SYSTEMS[name].tasks
 
 
-# --- one process for each system and task -----------------------------------------------------------------------------
-
-
-def work(pipe: Connection, name: str, task: str, plan: Plan, threads: int) -> None:
-    """A process that is one system at one task, and answers what it is asked in between: see `turns`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, which ends this one
-    torch.set_num_threads(threads)
-    quiet()
-    try:
-        try:
-            for library in SYSTEMS[name].libraries:
-                importlib.import_module(library)
-        except ImportError as error:
-            raise UserError(f"{name} cannot be loaded ({error}): `pip install 'lens-ldm[benchmark]'`") from error
-        before = most_memory("cpu")
-        system = SYSTEMS[name](plan)
-        getattr(system, task)(partial(next, turns(pipe, system, task, plan.device, before)))
-    except EOFError:
-        pass  # nobody asks any more
-    except torch.OutOfMemoryError:
-        pipe.send(UserError(f"{name} has not enough memory on the GPU: lower --batch, --lenses or --pixel-batch"))
-    except UserError as error:
-        pipe.send(error)
-    except Exception:
-        pipe.send(RuntimeError(f"{name}, {task}: {traceback.format_exc()}"))
-
-
-def turns(
-    pipe: Any, system: System, task: str, device: str, before: int = 0, clock: Callable[[], float] = time.perf_counter
-) -> Iterator[None]:
-    """Answer what comes through a pipe, and yield whenever the system is to take one more step.
-
-    facts          what the system says of itself
-    count          GFLOP of one image of a step of training, the optimiser's included, or of one lens
-    time, seconds  after steps of at least so many seconds: images/s, or seconds a lens
-    memory         most bytes so far, over those of libraries (`before`) or, on a GPU, of tensors
-    """
-    per_step = system.batch if task == "train" else system.lenses * system.taken / system.steps
-    while True:
-        what, *seconds = pipe.recv()
-        if what == "facts":
-            pipe.send(system.facts())
-        elif what == "memory":
-            pipe.send(most_memory(device) - (before if device == "cpu" else 0))
-        elif what == "count":
-            with FlopCounterMode(display=False) as counter:
-                yield
-            pipe.send(counter.get_total_flops() / 1e9 / per_step)
-        else:
-            steps, elapsed, started = 0, 0.0, clock()
-            while steps == 0 or elapsed < seconds[0]:
-                yield
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                steps, elapsed = steps + 1, clock() - started
-            rate = steps * per_step / elapsed
-            pipe.send(rate if task == "train" else 1 / rate)
-
-
-def most_memory(device: str) -> int:
-    """The most bytes that this process has had in memory at once, or the tensors on its GPU."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except (OSError, IndexError):  # no Linux. There it is right; here it may begin with what the parent had
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+# --- rounds and ratios ------------------------------------------------------------------------------------------------
 
 
 class Worker:
@@ -219,7 +147,12 @@ class Worker:
         self.job = job
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, *job, plan, threads), daemon=True)
-        self.process.start()
+        # Ctrl-C reaches all processes of a terminal: it is for this one, which ends the others, and they inherit that.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
         theirs.close()
 
     def __call__(self, *question: Any) -> Any:
@@ -244,9 +177,6 @@ class Worker:
         self.process.join()
 
 
-# --- rounds and ratios ------------------------------------------------------------------------------------------------
-
-
 def measure(
     jobs: Sequence[Job], plan: Plan, threads: int, seconds: float, numbers: Sequence[int], known: Mapping[str, Any]
 ) -> Iterator[tuple[dict[str, Any], Round]]:
@@ -256,16 +186,17 @@ def measure(
         tqdm(total=len(jobs) * (1 + len(numbers)), unit="turn", disable=None, dynamic_ncols=True) as bar,
     ):
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        workers: dict[Job, Ask] = {}
+        workers: dict[Job, Worker] = {}
+        for job in jobs:  # side by side: they load for longer than a turn takes
+            workers[job] = Worker(job, Plan(**{**vars(plan), "folder": folder}), threads)
+            stack.callback(workers[job].close)
         facts: dict[str, Any] = {}
-        for job in jobs:
+        for job, worker in workers.items():
             name, task = job
-            bar.set_description_str(f"{name}, {task}: starting")
-            worker = Worker(job, Plan(**{**vars(plan), "folder": folder}), threads)
-            stack.callback(worker.close)
+            bar.set_description_str(f"{name}, {task}: loading")
             own = facts.setdefault(name, {"memory": {}, "counted": {}}) | worker("facts")
             own["counted"][task] = worker("count")  # and so each has warmed up
-            workers[job], facts[name] = worker, own
+            facts[name] = own
             bar.update()
         for number in numbers:
             found: Round = {}
@@ -401,6 +332,6 @@ def processor() -> str:
 def versions_of(systems: Sequence[str]) -> dict[str, str]:
     """Of this project, torch and the packages of these systems."""
     packages = dict.fromkeys(
-        library.partition(".")[0].replace("_", "-") for name in systems for library in SYSTEMS[name].libraries
+        library.partition(".")[0].replace("_", "-") for name in others(systems) for library in SYSTEMS[name].libraries
     )
     return {**versions(), **{package: version(package) for package in packages}}

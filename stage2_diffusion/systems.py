@@ -5,25 +5,32 @@ it, but for reading files, of which none reads any here: all learn noise that li
 """
 
 import math
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from itertools import chain, product, repeat
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from shared.config import load_config, merge
+from shared.errors import UserError
 from shared.flops import count
 from shared.precision import autocast
 from shared.run import Run
 from shared.schema import Stage2
-from shared.training import fit
 from stage2_diffusion.generator import Generator
-from stage2_diffusion.module import DiffusionModule
 
 Between = Callable[[], None]
 IMAGES = 1024  # to learn: more than any batch
@@ -64,7 +71,7 @@ class System:
 
     train, sample  go on for ever, and call `between` before each step of training and before each batch of lenses
     tasks          which of the two are measured
-    libraries      modules of other people's that it needs
+    libraries      modules that it needs beside this one, loaded before its memory is measured
     batch, lenses  images of a step of training, and lenses drawn at once
     steps, taken   evaluations of the network a lens, and those of them that a turn of `sample` takes
     parameters     of the network
@@ -108,6 +115,8 @@ def evaluation(generator: Generator) -> float:
 class Ours(System):
     """This project: a published model as `Generator.images` draws from it, its network as `shared.training.fit` trains it."""
 
+    libraries = ("shared.training", "stage2_diffusion.module")  # both load much that no sampling needs
+
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         self.generator = plan.generator()
@@ -115,12 +124,21 @@ class Ours(System):
         self.parameters, self.gflop = parameters(self.generator.denoiser), evaluation(self.generator)
 
     def train(self, between: Between) -> None:
+        from shared.training import fit
+        from stage2_diffusion.module import DiffusionModule
+
         own = self.generator
-        module = StepByStep(
+        module = DiffusionModule(
             self.config(), deepcopy(own.denoiser).requires_grad_(True), own.autoencoder, *self.data(), self.plan.precision,
             own.conditions,
         )  # fmt: skip
-        module.between = between
+
+        def start(batch: Any, batch_idx: int) -> None:
+            between()
+            DiffusionModule.on_train_batch_start(module, batch, batch_idx)
+
+        module.on_train_batch_start = start  # type: ignore[method-assign]
+        module.validate = lambda folder: {}  # type: ignore[method-assign]
         fit(module, Run(module.config), {})
 
     def config(self) -> Stage2:
@@ -150,17 +168,6 @@ class Ours(System):
         while True:
             between()
             self.generator.images(range(self.lenses), batch_size=self.lenses)
-
-
-class StepByStep(DiffusionModule):
-    between: Between
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.between()
-        super().on_train_batch_start(batch, batch_idx)
-
-    def validate(self, folder: Any) -> dict[str, float]:
-        return {}
 
 
 class Diffusers(System):
@@ -347,3 +354,74 @@ SYSTEMS: dict[str, type[System]] = {
     "diffusers-short": DiffusersShort,
     "pixel-ddpm": PixelDDPM,
 }
+
+
+# --- a process of its own for each system and task --------------------------------------------------------------------
+
+
+def work(pipe: Connection, name: str, task: str, plan: Plan, threads: int) -> None:
+    """A process that is one system at one task, and answers what it is asked in between: see `turns`."""
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")  # as our training has it
+    try:
+        try:
+            for library in SYSTEMS[name].libraries:
+                import_module(library)
+        except ImportError as error:
+            raise UserError(f"{name} cannot be loaded ({error}): `pip install 'lens-ldm[benchmark]'`") from error
+        before = most_memory("cpu")
+        system = SYSTEMS[name](plan)
+        getattr(system, task)(partial(next, turns(pipe, system, task, plan.device, before)))
+    except EOFError:
+        pass  # nobody asks any more
+    except torch.OutOfMemoryError:
+        pipe.send(UserError(f"{name} has not enough memory on the GPU: lower --batch, --lenses or --pixel-batch"))
+    except UserError as error:
+        pipe.send(error)
+    except Exception:
+        pipe.send(RuntimeError(f"{name}, {task}: {traceback.format_exc()}"))
+
+
+def turns(
+    pipe: Any, system: System, task: str, device: str, before: int = 0, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[None]:
+    """Answer what comes through a pipe, and yield whenever the system is to take one more step.
+
+    facts          what the system says of itself
+    count          GFLOP of one image of a step of training, the optimiser's included, or of one lens
+    time, seconds  after steps of at least so many seconds: images/s, or seconds a lens
+    memory         most bytes so far, over those of libraries (`before`) or, on a GPU, of tensors
+    """
+    per_step = system.batch if task == "train" else system.lenses * system.taken / system.steps
+    while True:
+        what, *seconds = pipe.recv()
+        if what == "facts":
+            pipe.send(system.facts())
+        elif what == "memory":
+            pipe.send(most_memory(device) - (before if device == "cpu" else 0))
+        elif what == "count":
+            with FlopCounterMode(display=False) as counter:
+                yield
+            pipe.send(counter.get_total_flops() / 1e9 / per_step)
+        else:
+            steps, elapsed, started = 0, 0.0, clock()
+            while steps == 0 or elapsed < seconds[0]:
+                yield
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                steps, elapsed = steps + 1, clock() - started
+            rate = steps * per_step / elapsed
+            pipe.send(rate if task == "train" else 1 / rate)
+
+
+def most_memory(device: str) -> int:
+    """The most bytes that this process has had in memory at once, or the tensors on its GPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError):  # no Linux. There it is right; here it may begin with what the parent had
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -3,17 +3,17 @@
 import importlib.util
 import json
 import math
-import subprocess
-import sys
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
+from shared import training
 from shared.autoencoder import Pixels
 from shared.checkpoint import autoencoder_config, publish
 from shared.cli import main
@@ -21,10 +21,21 @@ from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.flops import count
 from shared.training import fit
-from stage2_diffusion import systems
-from stage2_diffusion.benchmark import Worker, one_round, require_libraries, summary, table, tasks, turns
+from stage2_diffusion import benchmark, systems
+from stage2_diffusion.benchmark import Worker, one_round, require_libraries, summary, table, tasks
 from stage2_diffusion.generator import build_denoiser
-from stage2_diffusion.systems import Diffusers, DiffusersShort, Ours, PixelDDPM, Plan, System, matched
+from stage2_diffusion.systems import (
+    Diffusers,
+    DiffusersShort,
+    Ours,
+    PixelDDPM,
+    Plan,
+    System,
+    matched,
+    most_memory,
+    turns,
+    work,
+)
 
 UNET = {"name": "unet", "width": 8, "multipliers": [1, 2], "blocks": 1, "attention": [1], "heads": 2}
 DIFFUSION = {"schedule": "flow", "prediction": "velocity", "time": "uniform", "shift": 1.0}
@@ -248,7 +259,7 @@ def test_ours_is_trained_by_our_loop_one_step_after_another(
         made.append(module)
         fit(module, *rest)
 
-    monkeypatch.setattr(systems, "fit", watched)
+    monkeypatch.setattr(training, "fit", watched)
     between, found = stop_after(3, lambda: (made[0].trainer.global_step, weights(made[0].network)))
     with pytest.raises(Stop):
         system.train(between)
@@ -342,52 +353,92 @@ def test_the_pixel_ddpm_costs_what_was_measured_of_it(plan: Plan) -> None:
 # --- processes and the command ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_memory_is_what_was_held_at_once() -> None:
-    code = """
-import torch
-from stage2_diffusion.benchmark import most_memory
-before = most_memory("cpu")
-for _ in range(3):
-    torch.ones(50_000_000)
-print(most_memory("cpu") - before)
-"""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(ran.stdout) == pytest.approx(200e6, rel=0.1)
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("what is held now is asked of Linux")
+    before, now = most_memory("cpu"), int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    for _ in range(3):
+        torch.ones((before - now + 200_000_000) // 4)
+    assert most_memory("cpu") - before == pytest.approx(200e6, rel=0.2)
+
+
+def test_a_process_answers_with_what_went_wrong(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = Pipe()
+    work(pipe, "ours", "sample", replace(plan, model="nowhere/model"), torch.get_num_threads())
+    monkeypatch.setattr(Ours, "libraries", ("torch_of_tomorrow",))
+    work(pipe, "ours", "sample", plan, torch.get_num_threads())
+    monkeypatch.setattr(Ours, "libraries", ())
+    monkeypatch.setattr(Ours, "sample", lambda self, between: 1 / 0)
+    work(pipe, "ours", "sample", plan, torch.get_num_threads())
+    mistake, missing, fault = pipe.answers
+    assert isinstance(mistake, UserError)
+    assert "no model at nowhere/model" in str(mistake)
+    assert isinstance(missing, UserError)
+    assert "No module named 'torch_of_tomorrow'" in str(missing)
+    assert isinstance(fault, RuntimeError)  # of ours, with its traceback
+    assert "ZeroDivisionError" in str(fault)
 
 
 @pytest.mark.slow
-def test_a_worker_hands_on_its_errors_and_its_death(plan: Plan) -> None:
-    worker = Worker(("ours", "sample"), replace(plan, model="nowhere/model"), 1)
-    with pytest.raises(UserError, match="no model at nowhere/model"):
-        worker("facts")
+def test_a_process_trains_when_it_is_asked_and_its_death_is_told(plan: Plan, tmp_path: Path) -> None:
+    worker = Worker(("ours", "train"), replace(plan, folder=str(tmp_path)), 1)
+    facts = worker("facts")
+    assert facts["batch"] == 4
+    assert worker("count") > 3 * facts["gflop"]  # forward, backward and the optimiser
+    assert worker("time", 0.01) > 0
+    assert 0 < worker("memory") < 1e9
     worker.process.kill()
-    with pytest.raises(UserError, match="ours sample ended with code"):
+    with pytest.raises(UserError, match=r"ours train ended with code -9.*lower --batch"):
         worker("facts")
     worker.close()
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_where_it_stopped(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class Answering:
+    """In the place of a process: its rates are the numbers of the questions."""
+
+    asked: ClassVar[list[Any]] = []
+    closed = 0
+
+    def __init__(self, job: tuple[str, str], plan: Plan, threads: int) -> None:
+        assert Path(plan.folder).is_dir()
+
+    def __call__(self, what: str, *seconds: float) -> Any:
+        self.asked.append(what)
+        if what == "facts":
+            return {"batch": 4, "lenses": 2, "steps": 4, "taken": 4, "parameters": 100, "gflop": 0.5}
+        return float(1000 - len(self.asked) if what == "memory" else len(self.asked))
+
+    def close(self) -> None:
+        Answering.closed += 1
+
+
+def test_a_run_goes_on_where_it_stopped(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "Worker", Answering)
     command = ["benchmark", plan.model, "--against", "--seconds", "0.01", "--lenses", "2", "--out", str(tmp_path)]
-    main([*command, "--rounds", "1"])
-    first = json.loads((tmp_path / "benchmark.json").read_text())
+
+    def kept(*more: str) -> dict[str, Any]:
+        main([*command, *more])
+        return json.loads((tmp_path / "benchmark.json").read_text())
+
+    first = kept("--rounds", "1")
     assert [one.keys() for one in first["rounds"]] == [{"ours"}]
-    main([*command, "--rounds", "2"])
-    second = json.loads((tmp_path / "benchmark.json").read_text())
+    assert first["facts"]["ours"]["memory"].keys() == {"train", "sample"}
+    second = kept("--rounds", "3")
     assert second["rounds"][0] == first["rounds"][0]
-    assert len(second["rounds"]) == 2
-    assert second["summary"] == summary(second["rounds"])
-    facts = second["facts"]["ours"]
-    assert facts["counted"]["sample"] == pytest.approx(4 * facts["gflop"])  # pixels have no decoder
-    assert facts["counted"]["train"] > 3 * facts["gflop"]  # forward, backward and the optimiser
-    assert 0 < facts["memory"]["train"] < 1e9
+    assert len(second["rounds"]) == 3
+    assert Answering.asked.count("time") == 2 * 3
+    assert second["summary"]["ours"]["train"]["median"] == summary(second["rounds"])["ours"]["train"]["median"]
+    assert second["facts"]["ours"]["memory"] == first["facts"]["ours"]["memory"]  # the most that there ever was
+    assert Answering.closed == 4
     capsys.readouterr()
-    main([*command, "--rounds", "2"])  # nothing is left to do
-    assert json.loads((tmp_path / "benchmark.json").read_text()) == second
+    assert kept("--rounds", "3") == second  # nothing is left to do
+    assert Answering.closed == 4
     assert (tmp_path / "benchmark.md").read_text() in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main([*command, "--rounds", "2", "--batch", "3"])
+        main([*command, "--rounds", "3", "--batch", "3"])
     assert "is of another batch: choose another --out" in capsys.readouterr().err
 
 
