@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--batch", type=positive, help="images of a training step on latents (default: the model's own)"
     )
-    parser.add_argument("--lenses", type=positive, default=64, help="drawn at once on latents (default %(default)s)")
+    parser.add_argument("--lenses", type=positive, default=16, help="drawn at once on latents (default %(default)s)")
     parser.add_argument(
         "--pixel-batch", type=positive, default=4, help="images of a step of pixel-ddpm, in both (default %(default)s)"
     )
@@ -143,7 +143,8 @@ class Worker:
     """`work` in a process of its own. Call it with a question for the answer; UserError if there is none."""
 
     def __init__(self, job: Job, plan: Plan, threads: int) -> None:
-        context = get_context("spawn")
+        # Where one process can load all libraries for all: CUDA does not survive a fork.
+        context: Any = get_context("forkserver" if plan.device == "cpu" and sys.platform != "win32" else "spawn")
         self.job = job
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, *job, plan, threads), daemon=True)
@@ -181,13 +182,14 @@ def measure(
     jobs: Sequence[Job], plan: Plan, threads: int, seconds: float, numbers: Sequence[int], known: Mapping[str, Any]
 ) -> Iterator[tuple[dict[str, Any], Round]]:
     """The facts of each system and the numbered rounds, one by one; `known` has the facts of earlier rounds."""
+    set_forkserver_preload([library for name, _ in jobs for library in SYSTEMS[name].libraries])
     with (
         ExitStack() as stack,
         tqdm(total=len(jobs) * (1 + len(numbers)), unit="turn", disable=None, dynamic_ncols=True) as bar,
     ):
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         workers: dict[Job, Worker] = {}
-        for job in jobs:  # side by side: they load for longer than a turn takes
+        for job in jobs:  # side by side: to load takes longer than a turn
             workers[job] = Worker(job, Plan(**{**vars(plan), "folder": folder}), threads)
             stack.callback(workers[job].close)
         facts: dict[str, Any] = {}

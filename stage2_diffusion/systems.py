@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ from shared.schema import Stage2
 from stage2_diffusion.generator import Generator
 
 Between = Callable[[], None]
-IMAGES = 1024  # to learn: more than any batch
+IMAGES = 1024  # to learn, or a batch if that is more
 TIMESTEPS = 1000  # of a DDPM
 DDIM_STEPS = 50  # of diffusers' pipelines, unless they are told otherwise
 FOREVER = 10**9
@@ -58,7 +59,7 @@ class Plan:
     device: str = "cpu"
     precision: str = "fp32"
     batch: int = 16
-    lenses: int = 64
+    lenses: int = 16
     pixel_batch: int = 4
     pixel_steps: int = 2
 
@@ -156,13 +157,14 @@ class Ours(System):
 
     def data(self) -> tuple[Callable[[Tensor], Any], int, tuple[float], Tensor]:
         """Latents that were encoded once, which is how we train: `batches`, `count`, `chances` and `held_out`."""
-        latents = torch.randn(IMAGES, *self.generator.autoencoder.latent_shape)
-        told = self.generator.conditions.vector(IMAGES)
+        n = max(IMAGES, self.batch)
+        latents = torch.randn(n, *self.generator.autoencoder.latent_shape)
+        told = self.generator.conditions.vector(n)
 
         def batches(places: Tensor) -> Any:
             return latents[places] if told is None else (latents[places], told[places])
 
-        return batches, IMAGES, (1.0,), latents[:2]
+        return batches, n, (1.0,), latents[:2]
 
     def sample(self, between: Between) -> None:
         while True:
@@ -201,7 +203,7 @@ class Diffusers(System):
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         ema = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-        for clean in endless(torch.randn(IMAGES, *self.shape), self.batch):
+        for clean in endless(torch.randn(max(IMAGES, self.batch), *self.shape), self.batch):
             between()
             clean = clean.to(self.device)
             noise = torch.randn_like(clean)
@@ -361,25 +363,28 @@ SYSTEMS: dict[str, type[System]] = {
 
 def work(pipe: Connection, name: str, task: str, plan: Plan, threads: int) -> None:
     """A process that is one system at one task, and answers what it is asked in between: see `turns`."""
+    error: Exception
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # as our training has it
     try:
         try:
             for library in SYSTEMS[name].libraries:
                 import_module(library)
-        except ImportError as error:
-            raise UserError(f"{name} cannot be loaded ({error}): `pip install 'lens-ldm[benchmark]'`") from error
+        except ImportError as missing:
+            raise UserError(f"{name} cannot be loaded ({missing}): `pip install 'lens-ldm[benchmark]'`") from missing
         before = most_memory("cpu")
         system = SYSTEMS[name](plan)
         getattr(system, task)(partial(next, turns(pipe, system, task, plan.device, before)))
-    except EOFError:
-        pass  # nobody asks any more
+    except (EOFError, BrokenPipeError):  # nobody asks any more
+        return
     except torch.OutOfMemoryError:
-        pipe.send(UserError(f"{name} has not enough memory on the GPU: lower --batch, --lenses or --pixel-batch"))
-    except UserError as error:
-        pipe.send(error)
+        error = UserError(f"{name} has not enough memory on the GPU: lower --batch, --lenses or --pixel-batch")
+    except UserError as mistake:
+        error = mistake
     except Exception:
-        pipe.send(RuntimeError(f"{name}, {task}: {traceback.format_exc()}"))
+        error = RuntimeError(f"{name}, {task}: {traceback.format_exc()}")
+    with suppress(BrokenPipeError):
+        pipe.send(error)
 
 
 def turns(
@@ -415,13 +420,14 @@ def turns(
 
 
 def most_memory(device: str) -> int:
-    """The most bytes that this process has had in memory at once, or the tensors on its GPU."""
+    """The most bytes that this process has had in memory at once, beside what it maps from files, or tensors on its GPU."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except (OSError, IndexError):  # no Linux. There it is right; here it may begin with what the parent had
+        lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+        kilobytes = {words[0]: int(words[1]) for words in lines if words[0] in ("VmHWM:", "RssFile:")}
+        return 1024 * (kilobytes["VmHWM:"] - kilobytes["RssFile:"])  # pages of libraries only ever grow in number
+    except (OSError, KeyError):  # no Linux; elsewhere it may begin with what the parent had
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
