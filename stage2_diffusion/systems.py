@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -388,13 +388,19 @@ def work(pipe: Connection, name: str, task: str, plan: Plan, threads: int) -> No
 
 
 def turns(
-    pipe: Any, system: System, task: str, device: str, before: int = 0, clock: Callable[[], float] = time.perf_counter
+    pipe: Any,
+    system: System,
+    task: str,
+    device: str,
+    before: int = 0,
+    clocks: Sequence[Callable[[], float]] = (time.perf_counter, time.process_time),
 ) -> Iterator[None]:
     """Answer what comes through a pipe, and yield whenever the system is to take one more step.
 
     facts          what the system says of itself
     count          GFLOP of one image of a step of training, the optimiser's included, or of one lens
-    time, seconds  after steps of at least so many seconds: images/s, or seconds a lens
+    time, seconds  after steps of at least so many seconds: images/s, or seconds a lens, by each clock. That of the processor
+                   counts all threads, and not what other programs take of it
     memory         most bytes so far, over those of libraries (`before`) or, on a GPU, of tensors
     """
     per_step = system.batch if task == "train" else system.lenses * system.taken / system.steps
@@ -409,14 +415,15 @@ def turns(
                 yield
             pipe.send(counter.get_total_flops() / 1e9 / per_step)
         else:
-            steps, elapsed, started = 0, 0.0, clock()
-            while steps == 0 or elapsed < seconds[0]:
+            steps, elapsed, started = 0, [0.0], [clock() for clock in clocks]
+            while steps == 0 or elapsed[0] < seconds[0]:
                 yield
                 if device != "cpu":
                     torch.cuda.synchronize()
-                steps, elapsed = steps + 1, clock() - started
-            rate = steps * per_step / elapsed
-            pipe.send(rate if task == "train" else 1 / rate)
+                steps += 1
+                elapsed = [clock() - start for clock, start in zip(clocks, started, strict=True)]
+            each = [spent / (steps * per_step) for spent in elapsed]
+            pipe.send([1 / spent for spent in each] if task == "train" else each)
 
 
 def most_memory(device: str) -> int:
