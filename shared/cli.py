@@ -37,6 +37,10 @@ COMMANDS = {
         "what each metric sees of damaged real images, and what it misses",
     ),
     "sweep": ("stage2_diffusion.sweep:main", "scores, physics and lens fits against the number of evaluations"),
+    "benchmark": (
+        "stage2_diffusion.benchmark:main",
+        "operations, time and memory of training and sampling beside other people's systems",
+    ),
     "ablate": (
         "shared.ablate:main",
         "configs/ablations/NAME.yaml -> every cell trained through both stages, one table",

@@ -345,9 +345,16 @@ def asked_for(options: argparse.Namespace, conditions: Conditions) -> dict[str, 
     return texts
 
 
-def add_model(parser: argparse.ArgumentParser, what: str = "folder of a run or of a published model") -> None:
-    """Which model, where it runs, and whose code it may run."""
-    parser.add_argument("model", help=what)
+def add_model(
+    parser: argparse.ArgumentParser,
+    what: str = "folder of a run or of a published model",
+    default: str | None = None,
+) -> None:
+    """Which model (one must be named where there is no default), where it runs, and whose code it may run."""
+    if default is None:
+        parser.add_argument("model", help=what)
+    else:
+        parser.add_argument("model", nargs="?", default=default, help=f"{what} (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
     parser.add_argument(
         "--trust", metavar="PACKAGE", help="whose code on this machine a model may run for its backbone"
