@@ -11,7 +11,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from shared.data.sources import natural_key, reason_of
@@ -167,8 +167,9 @@ class ParameterTable:
         levels: list[dict[str, list[str]]] = [{}, {}, {}, {}]
         for name in dict.fromkeys((*images, *left_out)):
             path, number = _split(name)
-            parts = PurePosixPath(path)
-            for level, alias in zip(levels, (path, str(parts.with_suffix("")), parts.name, parts.stem), strict=True):
+            folder, slash, last = path.rpartition("/")
+            stem = last.rpartition(".")[0] or last
+            for level, alias in zip(levels, (path, folder + slash + stem, last, stem), strict=True):
                 for called in {alias + number, alias}:  # a stack of one needs no number
                     level.setdefault(called, []).append(name)
         found: list[str | None] = []

@@ -8,6 +8,18 @@ Axes: (H, W) is an image; (N, C, H, W) and (N, H, W, C) with at most 4 channels 
 (N, H, W) if it is in the only file of SOURCE; in a file among several it is (C, H, W) or (H, W, C) if the first or the
 last axis is at most 4, and (N, H, W) otherwise. Where both fit, channels come first. FITS is turned over: its first
 row is the bottom.
+
+--parameters TABLE (.csv, .ecsv, .fits) says what is known of the images, one a row. Its column `file` is an image's path,
+its name, or its name without suffix; `index`, from 0, counts the images of a file; a lone file of images needs neither, with
+its rows in order. Every other column of numbers becomes a parameter that stage 2 can be told (condition.parameters), with
+the unit of a header such as `theta_E [arcsec]`; `class` becomes the class of images that have none. Empty cells, and images
+without a row, are trained as not known.
+
+Training turns images by their symmetries, and what is known of them with them. The names of `lens-ldm simulate` have their
+meaning there: PA_s and gamma_angle in degrees, counterclockwise from x, x_s to the right and y_s upwards of the centre, as
+the contact sheet shows the image; their units are converted. What a turn makes of another name nobody knows, and a turned
+image is taken not to know it, unless --turns says its kind: z_lens,mass=scalar (the same in any orientation), phi=axis (an
+angle like PA_s), x,y=place, gamma1,gamma2=shear (or an ellipticity: e cos 2 phi, e sin 2 phi).
 """
 
 import argparse
