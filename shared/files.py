@@ -1,6 +1,7 @@
 """Files: written so that nothing half-written is ever found, known by their hash."""
 
 import contextlib
+import csv
 import hashlib
 import json
 import os
@@ -65,6 +66,25 @@ def resumed(path: Path, about: Mapping[str, Any], key: str) -> Any:
     if changed := [name for name, value in about.items() if content.get(name) != value]:
         raise UserError(f"{path} is of another {changed[0]}: choose another --out, or delete it")
     return found
+
+
+def read_csv(path: Path, example: str) -> dict[str, list[str]]:
+    """{name: its cells, stripped, one a line} of a CSV file whose first line has the names, such as `example`.
+
+    UserError if it cannot be read, lacks names or lines, or has a line of another length; empty lines are passed over.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, skipinitialspace=True)
+            (_, header), *lines = [(reader.line_num, row) for row in reader if row] or [(0, [])]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as CSV: {getattr(error, 'strerror', None) or error}") from error
+    names = [name.strip() for name in header]
+    if not lines or len(set(names)) < len(names):
+        raise UserError(f"{path} needs a line of names, each once, such as {example}, and lines of values below it")
+    if wrong := [number for number, row in lines if len(row) != len(names)]:
+        raise UserError(f"{path}, line {wrong[0]}: has other columns than the first line")
+    return {name: [row[k].strip() for _, row in lines] for k, name in enumerate(names)}
 
 
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what a file that is no .npz raises

@@ -200,11 +200,12 @@ def loss_curves(runs: dict[str, Path]) -> Image.Image | None:
         return None
     figure, axes = panels(len(found))
     for axis, (name, rows) in zip(axes, found.items(), strict=True):
+        lines = []
         for column, style in (("train/loss", "-"), ("validation/x0_error", "o-"), ("validation/psnr", "s--")):
             points = [(row["step"], row[column]) for row in rows if column in row]
             if points:
                 target = axis.twinx() if column.endswith("psnr") else axis
-                target.plot(
+                lines += target.plot(
                     *zip(*points, strict=True),
                     style,
                     ms=4,
@@ -215,7 +216,8 @@ def loss_curves(runs: dict[str, Path]) -> Image.Image | None:
                 if column.endswith("psnr"):
                     target.set_ylabel("PSNR of held-out images [dB]", color=colour_of(2))
         axis.set(title=name, xlabel="step", yscale="log")
-        axis.legend(fontsize=8)
+        # Below the panel: wherever in it, it would cover what some run has drawn there.
+        axis.legend(handles=lines, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
     return rasterise(figure)
 
 

@@ -4,7 +4,6 @@ A condition is a vector of entries side by side. NaN stands for what is not know
 of a condition may be left out. A value is a number, an angle of an axis in degrees, or the name of a class.
 """
 
-import csv
 import difflib
 import math
 import zlib
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor
 
 from shared.data.cache import LensImages
-from shared.data.symmetries import Turns, apply_to_parameters
+from shared.data.symmetries import AXIS, Turns, apply_to_parameters, how_they_turn
 from shared.errors import UserError
 from shared.explain import hint
-from shared.simulate.preset import AXES
+from shared.files import read_csv
 
 CLASS = "class"
 FAR = 0.1  # of the range in training: a value further outside than that is worth a word
@@ -48,12 +47,17 @@ class Entry:
     def width(self) -> int:
         return len(self.classes or self.mean)
 
+    @property
+    def axis(self) -> bool:
+        """Whether it is the angle of an axis."""
+        return len(self.mean) == 2
+
     def vector(self, values: np.ndarray) -> Tensor:
         """Values (N,), numbers or names of classes -> (N, width), standardised; NaN where a value is NaN or empty."""
         if self.classes:
             rows = torch.cat([one_hot(len(self.classes)), torch.full((1, self.width), torch.nan)])
             return rows[[self._class(value) for value in values]]
-        raw = _raw(self.name, _numbers(self.name, values))
+        raw = _raw(_numbers(self.name, values), self.axis)
         return torch.from_numpy((raw - np.array(self.mean)) / np.array(self.std)).float()
 
     def _class(self, value: Any) -> int:
@@ -70,7 +74,7 @@ class Entry:
             return False
         low, high = self.limits
         values, margin = _numbers(self.name, values), FAR * (high - low)
-        if self.name in AXES:
+        if self.axis:
             values = (values - low + margin) % 180 + low - margin
         return bool(((values < low - margin) | (values > high + margin)).any())
 
@@ -141,14 +145,15 @@ class Conditions:
             if len(classes) < 2:
                 raise UserError(f"condition.class: {images.path} has no classes to tell apart: leave it out")
             entries.append(Entry(CLASS, classes=classes))
-        known = _parameters(images)
+        known, rules = _parameters(images), how_they_turn(images)
         for name in spec["parameters"]:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 raise UserError(f"condition.parameters: {images.path} knows no {name!r}{hint(near, list(known))}")
             # As training turns them: with labels, an angle takes values far from those that samples are asked for.
-            turned = [apply_to_parameters(_at(known, indices), element)[name] for element in turns.elements]
-            raw, own = _raw(name, np.concatenate(turned)), known[name][indices]
+            turned = [apply_to_parameters(_at(known, indices), element, rules)[name] for element in turns.elements]
+            axis, own = rules.get(name, ("",))[0] == AXIS, known[name][indices]
+            raw = _raw(np.concatenate(turned), axis)
             if not np.isfinite(own).any() or np.nanmin(own) == np.nanmax(own):
                 raise UserError(
                     f"condition.parameters: {name} is the same in all training images of {images.path}: leave it out"
@@ -163,13 +168,18 @@ class Conditions:
 
     def of(self, images: LensImages, indices: np.ndarray, element: str = "identity") -> dict[str, np.ndarray]:
         """What a data set knows of these images of it, turned by an element: {name: (N,)}, of the entries that it has."""
-        turned = apply_to_parameters(_at(_parameters(images), indices), element)
+        turned = apply_to_parameters(_at(_parameters(images), indices), element, how_they_turn(images))
         found = {name: turned[name] for name in self.names if name in turned}
         for entry in self.entries:
             if entry.classes and images.index.get("classes"):
                 names = np.array([name if name in entry.classes else "" for name in images.index["classes"]])
                 found[CLASS] = names[np.asarray(images.index["labels"])[indices]]
         return found
+
+    def fingerprint(self, images: LensImages) -> dict[str, str]:
+        """What a run must not go on without: the table of the data set's parameters, if they are not those of a simulation."""
+        table = images.index["source"].get("parameters") if self.entries else None
+        return {"table of parameters": " ".join([table["sha256"], *table["turns"]])} if table else {}
 
     def vector(self, n: int, asked: Mapping[str, Any] | None = None, label: int = 0) -> Tensor | None:
         """(n, sum of `groups`): what is asked for, NaN where nothing is, of images with this label; None without groups.
@@ -224,22 +234,10 @@ class Conditions:
 
     def read_table(self, path: Path) -> dict[str, np.ndarray]:
         """A CSV file with a column for each entry that is asked for, one lens a row -> {name: (N,)}; empty: not asked for."""
-        try:
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                header, *rows = [row for row in csv.reader(file, skipinitialspace=True) if row] or [[]]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} cannot be read as CSV: {getattr(error, 'strerror', None) or error}") from error
-        header = [name.strip() for name in header]
-        if not rows or len(set(header)) < len(header):
-            raise UserError(
-                f"{path} needs a line of names, each once, such as {','.join(self.names[:2])}, and a line a lens"
-            )
-        if wrong := [number for number, row in enumerate(rows, 2) if len(row) != len(header)]:
-            raise UserError(f"{path}, line {wrong[0]}: has other columns than the first line")
-        columns = dict(zip(header, np.array(rows).T, strict=True))
+        columns: dict[str, Any] = dict(read_csv(path, ",".join(self.names[:2])))
         for name, values in columns.items():
             entry = self.require(name)
-            columns[name] = np.char.strip(values) if entry.classes else _numbers(name, values)
+            columns[name] = np.array(values) if entry.classes else _numbers(name, values)
             entry.vector(columns[name])
         return columns
 
@@ -268,9 +266,9 @@ def _at(parameters: dict[str, np.ndarray], indices: np.ndarray) -> dict[str, np.
     return {name: values[indices] for name, values in parameters.items()}
 
 
-def _raw(name: str, values: np.ndarray) -> np.ndarray:
+def _raw(values: np.ndarray, axis: bool) -> np.ndarray:
     """(N,) -> (N, 1), or (N, 2) for the angle of an axis."""
-    if name not in AXES:
+    if not axis:
         return values[:, None]
     turns = np.deg2rad(2 * values)
     return np.stack([np.cos(turns), np.sin(turns)], 1)

@@ -72,7 +72,7 @@ def conditions_asked(config: Distill, teacher: Generator) -> tuple[Tensor | None
         raise UserError(
             f"{path} does not know {missing[0]}, which {config.teacher} can be asked for: give --data.path of its own data"
         )
-    return conditions.vector(len(indices), known), {"data": images.fingerprint}
+    return conditions.vector(len(indices), known), {"data": images.fingerprint} | conditions.fingerprint(images)
 
 
 @torch.no_grad()

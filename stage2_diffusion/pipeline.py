@@ -41,7 +41,8 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     autoencoder, autoencoder_config = autoencoder_of(config, images)
     turned = turns(images, config.data.augment)
     conditions = conditions_of(config, images, turned)
-    made_from = {"data": images.fingerprint, "autoencoder": fingerprint(config.autoencoder), **turned.fingerprint}
+    made_from = {"data": images.fingerprint, "autoencoder": fingerprint(config.autoencoder)}
+    made_from |= turned.fingerprint | conditions.fingerprint(images)
     run = Run(config, resume)
     if run.is_complete(made_from):
         tqdm.write(f"{run.folder} is complete")

@@ -121,7 +121,8 @@ class CacheWriter:
         """Measure the images and write index.json, which makes the cache complete; on a complete one, do nothing.
 
         value_range  the range of the units, if it is known and not `fixed`; None: see `Normalisation.transform`
-        parameters   {"theta_E": {"unit": "arcsec", "values": N numbers}, ...}; NaN, stored as null: has no such value
+        parameters   {"theta_E": {"unit": "arcsec", "values": N numbers}, ...}; NaN, stored as null: has no such value.
+                     `turns` of a name that the simulator does not have: its rule, see `symmetries.how_they_turn`
         labels       N indices into `classes`
         files        N names
         about        more keys of the index
@@ -210,7 +211,10 @@ class CacheWriter:
             self.discard()
             raise UserError(f"the data have a column {taken.pop()!r}, a name that minmax needs for its own: rename it")
         low, high = np.fromfile(self.folder / LIMITS, "<f8").reshape(self.count, 2).T
-        own = {name: {"unit": "data", "values": values} for name, values in (("low", low), ("high", high))}
+        own = {
+            name: {"unit": "data", "values": values, "turns": ["scalar"]}
+            for name, values in (("low", low), ("high", high))
+        }
         return {**(parameters or {}), **own}
 
     def _compare(self, found: dict) -> None:

@@ -22,7 +22,7 @@ from shared.errors import UserError
 from shared.files import write_atomically
 from shared.metrics.two_sample import Described, Paired, Stretch, describe, holm, paired_test
 from shared.processes import is_main_process
-from shared.simulate.preset import AXES, PLACES
+from shared.simulate.preset import AXES, PLACES, UNITS
 
 FORMAT = 1
 FILE = "symmetries.json"
@@ -62,10 +62,31 @@ def apply_each(images: Tensor, elements: Sequence[str], drawn: Tensor) -> Tensor
     return turned
 
 
-def apply_to_parameters(parameters: Mapping[str, np.ndarray], element: str) -> dict[str, np.ndarray]:
-    """{name: (N,)} of lenses -> those of their images turned by an element: angles of axes and places turn, too.
+# How a quantity turns with its image: a scalar not at all; the angle of an axis [deg], counterclockwise from x and the same
+# after half a turn; places x to the right and y upwards of the centre; the two components of a shear or an ellipticity,
+# which go as the cosine and the sine of twice the angle of their axis. The names of a pair follow, in their order.
+SCALAR, AXIS, PLACE, SHEAR = KINDS = ("scalar", "axis", "place", "shear")
+Rule = Sequence[str]
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(UNITS, (SCALAR,)),
+    **dict.fromkeys(AXES, (AXIS,)),
+    **{name: (PLACE, *pair) for pair in PLACES for name in pair},
+}
 
-    Of a place whose other coordinate is not there, what an element would make of it is NaN.
+
+def how_they_turn(images: LensImages) -> dict[str, Rule]:
+    """The rules of the simulator's names, and of those that `lens-ldm prepare --turns` was told of."""
+    told = {name: column["turns"] for name, column in images.index.get("parameters", {}).items() if "turns" in column}
+    return RULES | told
+
+
+def apply_to_parameters(
+    parameters: Mapping[str, np.ndarray], element: str, rules: Mapping[str, Rule] = RULES
+) -> dict[str, np.ndarray]:
+    """{name: (N,)} of lenses -> those of their images turned by an element: angles of axes, places and shears turn, too.
+
+    NaN, not known, is what has no rule: nobody has said what an element makes of it. So is a place whose other coordinate
+    is not there, where an element mixes the two.
     """
     if element == "identity":
         return dict(parameters)
@@ -75,16 +96,23 @@ def apply_to_parameters(parameters: Mapping[str, np.ndarray], element: str) -> d
         x, y = (-y, -x) if swapped else (x, y)  # rows run down, y upwards
         return -x if -1 in reversed_axes else x, -y if -2 in reversed_axes else y
 
-    turned = dict(parameters)
-    for name in AXES:
-        if name in parameters:
-            angle = np.deg2rad(parameters[name])
+    turned = {}
+    for name, values in parameters.items():
+        nothing = np.full(len(values), np.nan)
+        kind, *pair = rules.get(name, ("",))
+        if kind == SCALAR:
+            turned[name] = values
+        elif kind == AXIS:
+            angle = np.deg2rad(values)
             x, y = turn(np.cos(angle), np.sin(angle))
             turned[name] = np.rad2deg(np.arctan2(y, x)) % 180
-    for pair in PLACES:
-        if known := [parameters[name] for name in pair if name in parameters]:
-            x, y = (parameters.get(name, np.full(len(known[0]), np.nan)) for name in pair)
-            turned |= {name: at for name, at in zip(pair, turn(x, y), strict=True) if name in parameters}
+        elif kind == PLACE:
+            turned[name] = turn(*(parameters.get(one, nothing) for one in pair))[pair.index(name)]
+        elif kind == SHEAR:
+            odd = swapped if name == pair[0] else len(reversed_axes) % 2
+            turned[name] = -values if odd else values
+        else:
+            turned[name] = nothing
     return turned
 
 

@@ -63,7 +63,7 @@ def simulate_to(
         total=len(indices),
         initial=len(indices) - sum(map(len, pending)),
         unit=" images",
-        disable=not progress,
+        disable=None if progress else True,
         smoothing=0.1,
     )
     cores = workers or _cores()
@@ -100,7 +100,7 @@ def merge(folder: Path, preset: Preset, count: int, seed: int, parts: int, progr
     writer = CacheWriter(folder, count, shape, source, chunk=CHUNK)
     data = [LensImages(path) for _, path, _ in tasks]
     starts = [indices.start for indices, _, _ in tasks]
-    with tqdm(total=count, unit=" images", disable=not progress, desc="merging") as bar:
+    with tqdm(total=count, unit=" images", disable=None if progress else True, desc="merging") as bar:
         pending = writer.pending()
         bar.update(count - sum(map(len, pending)))
         for place in pending:

@@ -1,6 +1,7 @@
 """Lenses on request, from training to the command line: the network heeds what it is asked for, in whole and in part."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from shared.cli import main
-from shared.data.cache import CacheWriter
+from shared.data.cache import CacheWriter, LensImages
+from shared.data.symmetries import FILE as SYMMETRIES
 from shared.errors import UserError
 from shared.metrics.obedience import obedience
 from shared.metrics.use import use
+from shared.report import read_metrics
 from stage2_diffusion.generator import Generator
 
 pytestmark = pytest.mark.slow
@@ -216,6 +219,35 @@ def test_mistakes_are_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -
     assert "did you mean 'theta_E'" in fails(capsys, "train-diffusion", *wrong, "--condition.parameters", "[thetaE]")
     assert "guidance needs a condition" in fails(capsys, "train-diffusion", *wrong, "--sampling.guidance", "2")
     assert "is there twice" in fails(capsys, "train-diffusion", *wrong, "--condition.parameters", "[theta_E, theta_E]")
+
+
+def test_images_and_parameters_of_ones_own(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, theta = LensImages(home / "data"), np.random.default_rng(3).uniform(0.5, 1.5, COUNT)
+    np.save(home / "own.npy", images.images)
+    rows = [f"{i},{'' if i % 5 == 0 else theta[i]},{theta[i]},{i % 3}" for i in range(COUNT - 40)]
+    prepared = ["prepare", str(home / "own.npy"), "--out", str(home / "own"), "--parameters", str(home / "own.csv")]
+    (home / "own.csv").write_text("\n".join(["index,theta_E [arcsec],seeing,z_l", *rows]))
+    main(prepared)
+    report = {"format": 1, "data": LensImages(home / "own").fingerprint, "allowed": ["identity", "flip_lr"]}
+    (home / "own" / SYMMETRIES).write_text(json.dumps(report))
+    train = ["train-diffusion", *options(home, "owned"), "--data.path", str(home / "own"), "--trainer.max_steps", "12",
+             "--trainer.log_every", "2", "--condition.parameters", "[theta_E, seeing, z_l]"]  # fmt: skip
+    main(train)
+    losses = [row["train/loss"] for row in read_metrics(home / "owned" / "metrics.csv") if "train/loss" in row]
+    assert len(losses) == 6
+    assert np.isfinite(losses).all()
+    main(
+        ["sample", str(home / "owned"), "--theta-E", "1.1", "--seeing", "0.8", "--count", "2", "--out", str(home / "o")]
+    )
+    with np.load(home / "o" / "samples.npz", allow_pickle=False) as file:
+        assert np.isfinite(file["images"]).all()
+        assert file["condition_seeing"].tolist() == [0.8] * 2
+    main(train)  # complete
+    shutil.rmtree(home / "own")
+    main([*prepared, "--turns", "seeing=scalar"])  # the same images, and the model would have been told more of them
+    (home / "own" / SYMMETRIES).write_text(json.dumps(report))
+    capsys.readouterr()
+    assert "owned was trained with another table of parameters" in fails(capsys, *train)
 
 
 def test_a_model_from_before_there_were_conditions_is_what_it_was(home: Path) -> None:

@@ -54,6 +54,19 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> list[range]
 # --- data sets --------------------------------------------------------------------------------------------------------
 
 
+def test_progress_is_drawn_on_a_terminal_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = ["--set", "pixels=24", "--set", "pixel_scale=0.3", "--count", "4", "--workers", "1", "--out"]
+    main([*part, str(tmp_path / "piped"), "--shard", "1/2"])
+    main([*part, str(tmp_path / "piped"), "--shard", "2/2"])
+    main([*part, str(tmp_path / "piped"), "--merge", "2"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    main([*part, str(tmp_path / "terminal")])
+    assert "4/4" in capsys.readouterr().err
+
+
 def test_a_data_set_is_the_same_for_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator, "CHUNK", 3)
     for workers in (1, 2, 3):
