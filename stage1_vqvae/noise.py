@@ -7,10 +7,12 @@ drawn after it. A photon-counting detector behind a linear scale has
 
 which is the law `affine`, with normal noise. The law `image` adds what real images have beside it, as far as they show
 it: a background of their own, on which a depends (exposures differ); noise that is not normal (few photons, cut at 0);
-whole counts; a scale of their own (each image from 0 to 1). A decoder may also say by how much the law is wrong.
+whole counts; a scale of their own (each image from 0 to 1). Where variance and counts are those of photons, photons are
+drawn, and the scale is taken from them as it was from the real ones. A decoder may also say by how much the law is wrong.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,9 @@ LEVEL_SHARE = 0.1  # of an image is taken to be background
 LIT = 0.1
 ENOUGH = 20_000_000  # pixels: more of them make no better law, and all are held in memory at once
 WHOLE = 0.02  # of a count: how far a whole one may be off
+COUNTED = 256  # images whose counts are looked at
+OF_PHOTONS = 0.1  # how far variances may be from those of photons, relative
+MANY = 16  # photons, from where on their quantiles are those of an expansion, to a count in one of a hundred pixels
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -44,6 +49,8 @@ class NoiseLaw(nn.Module):
     table        (SIGNALS, 41) quantiles of noise / sd at the values NORMAL of a normal variable, for as many signal-to-noise
     signal       ratios (clean - low) / sd, whose roots run evenly between these (2,)
     step         images hold multiples of it (of one count); 0: any value
+    gain         where the noise is that of photons, the value of one in an image whose `level` lies x above low: gain · (1, x)
+    least        and how many of them scaling took from all pixels of an image, on average: those of its darkest pixel
     scale        (2,) least and greatest value of every image, where each was scaled to them; equal: none was
     """
 
@@ -54,16 +61,24 @@ class NoiseLaw(nn.Module):
     table: Tensor
     signal: Tensor
     step: Tensor
+    gain: Tensor
+    least: Tensor
     scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("low", "b", "background", "step"):
+        for name in ("low", "b", "background", "step", "least"):
             self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("gain", torch.zeros(2))
         self.register_buffer("dark", torch.zeros(3))
         self.register_buffer("signal", torch.tensor([0.0, 1.0]))
         self.register_buffer("table", NORMAL.expand(SIGNALS, -1).clone())
         self.register_buffer("scale", torch.zeros(2))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        for name in ("gain", "least"):  # which models of version 0.1.0 do not have
+            state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def a(self) -> Tensor:
@@ -96,12 +111,16 @@ class NoiseLaw(nn.Module):
         if clean.requires_grad:
             return clean + (self(clean.detach(), generator, log_ratio) - clean.detach())
         z = standard_normal(clean, generator)
-        sd = self.variance(clean).sqrt()
-        if log_ratio is not None:
-            sd = sd * (0.5 * log_ratio.detach()).exp()
-        images = clean + sd * self._shaped(z, (clean - self.low) / sd.clamp_min(torch.finfo(sd.dtype).tiny))
-        if self.step > 0:
-            images = ((images - self.low) / self.step).round().clamp_min(0) * self.step + self.low
+        if log_ratio is None and bool(self.gain.any()):
+            photon = self._photon(self.level(clean))
+            images = self.low + photon * poisson(z, ((clean - self.low) / photon + self.least).clamp_min(0))
+        else:
+            sd = self.variance(clean).sqrt()
+            if log_ratio is not None:
+                sd = sd * (0.5 * log_ratio.detach()).exp()
+            images = clean + sd * self._shaped(z, (clean - self.low) / sd.clamp_min(torch.finfo(sd.dtype).tiny))
+            if self.step > 0:
+                images = ((images - self.low) / self.step).round().clamp_min(0) * self.step + self.low
         if self.scaled:
             least, greatest = images.amin((-2, -1), keepdim=True), images.amax((-2, -1), keepdim=True)
             share = (images - least) / torch.where(greatest > least, greatest - least, 1.0)
@@ -111,6 +130,14 @@ class NoiseLaw(nn.Module):
     def _dark(self, level: Tensor) -> Tensor:
         x = (level - self.low).clamp_min(0)
         return self.dark[0] + x * (self.dark[1] + x * self.dark[2])
+
+    def _photon(self, level: Tensor) -> Tensor:
+        """The value of one photon in images of these levels."""
+        least = 0.1 * self._at(self.background)  # of the darkest images
+        return self._at(level).clamp_min(least)
+
+    def _at(self, level: Tensor) -> Tensor:
+        return self.gain[0] + self.gain[1] * (level - self.low)
 
     def _shaped(self, z: Tensor, ratio: Tensor) -> Tensor:
         """Normal z -> noise of variance 1 at a signal-to-noise ratio, by the table; beyond its ends, as at its ends."""
@@ -143,7 +170,7 @@ class NoiseLaw(nn.Module):
             self.low.copy_(images.min())
             self._fit_variance(signal, noise, level, of_each=law == "image")
         if law == "image":
-            self._fit_counts(images)
+            self._fit_counts(images, clean, level)
             self._fit_shape(residual, clean, log_ratio)
         said = 1.0 if log_ratio is None else _filter(log_ratio.exp(), HIGH_PASS.square())
         drawn = (self._dark(level) + self.b * signal) * said
@@ -184,15 +211,48 @@ class NoiseLaw(nn.Module):
         self.b.copy_(b)
         self.dark[0].add_(least * (self.dark.sum() == 0))  # a law without noise would weigh pixels infinitely
 
-    def _fit_counts(self, images: Tensor) -> None:
-        """Whether images hold whole counts, and whether each was scaled to the same least and greatest value."""
+    def _fit_counts(self, images: Tensor, clean: Tensor, level: Tensor) -> None:
+        """Whether images hold whole counts, whether they are of photons, and whether each was scaled to the same least and
+        greatest value."""
         least, greatest = images.amin((1, 2, 3)), images.amax((1, 2, 3))
         if bool((least == least[0]).all() and (greatest == greatest[0]).all()):
             self.scale.copy_(torch.stack([least[0], greatest[0]]))
         else:
             self.scale.zero_()
-        steps = torch.tensor([_count(image) for image in images[:256]])
+        steps = torch.tensor([_count(image) for image in images[:COUNTED]]).to(images)
         self.step.copy_(steps.mean() if bool((steps > 0).all()) else torch.zeros(()))
+        self._fit_photons(steps, clean[:COUNTED], level[:COUNTED])
+
+    def _fit_photons(self, steps: Tensor, clean: Tensor, level: Tensor) -> None:
+        """gain and least of counts of these sizes (n,), zero if their variance is not that of photons.
+
+        An image that was scaled to its own range has lost as many photons in every pixel as its darkest one had. That number
+        differs from image to image, and the decoder gives the mean. With `least` photons more than that, the darkest pixels of
+        what is drawn have so many on average: what scaling takes away again.
+        """
+        self.gain.zero_()
+        self.least.zero_()
+        x = (level - self.low).flatten()
+        if not bool((steps > 0).all()) or abs(float(self.b / steps.mean()) - 1) > OF_PHOTONS:
+            return
+        if not self.scaled:
+            self.gain[0] = steps.mean()
+        elif bool((x > 0).all()):
+            self.gain[1] = (steps * x).sum() / x.square().sum()  # as the sky has the same number of photons in all
+        else:
+            return
+        photons, variance = (x / self._photon(level).flatten(), self._dark(level).flatten())
+        expected = variance / self._photon(level).flatten().square()
+        if self.scaled:
+            self.least.copy_((expected - photons).median().clamp_min(0))
+            generator = torch.Generator().manual_seed(0)
+            z = standard_normal(clean, generator)
+            for _ in range(6):  # each is some five times nearer
+                rate = ((clean - self.low) / self._photon(level) + self.least).clamp_min(0)
+                self.least.copy_(poisson(z, rate).amin((1, 2, 3)).mean())
+        if float((expected / (photons + self.least) - 1).median().abs()) > OF_PHOTONS:
+            self.gain.zero_()
+            self.least.zero_()
 
     def _fit_shape(self, residual: Tensor, clean: Tensor, log_ratio: Tensor | None) -> None:
         """The table: what the residual's distribution is like, at mean 0 and the variance of its high-passed part."""
@@ -260,6 +320,32 @@ def recorrupt(images: Tensor, law: NoiseLaw, alpha: float) -> tuple[Tensor, Tens
 def smooth(images: Tensor) -> Tensor:
     """The mean over 5 × 5 pixels, the same shape."""
     return F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+
+
+def poisson(z: Tensor, rate: Tensor) -> Tensor:
+    """Normal z -> whole numbers, Poisson-distributed at rates of the same shape: as many as lie below z's place in the
+    distribution. Unlike drawing them, this takes one random number each, so that a seed means the same on every device."""
+    root = rate.clamp_min(MANY).sqrt()  # Cornish and Fisher 1938, to the fourth cumulant
+    x = z + (z.square() - 1) / (6 * root) + ((z**3 - 3 * z) / 24 - (2 * z**3 - 5 * z) / 36) / root.square()
+    numbers = (rate + root * x - 0.5).ceil().clamp_min(0)
+    for image, own, mean in zip(numbers, z, rate, strict=True):  # one at a time stays in the processor's cache
+        few = mean < MANY
+        if bool(few.any()):
+            image[few] = _counted(torch.special.ndtr(own[few]), mean[few])
+    return numbers
+
+
+def _counted(below: Tensor, rate: Tensor) -> Tensor:
+    """The Poisson quantiles of chances `below`, by adding up."""
+    chance = (-rate).exp()
+    total, number = chance.clone(), torch.zeros_like(rate)
+    for k in range(1, 6 * MANY):
+        more = below > total
+        if not bool(more.any()):
+            break
+        number += more
+        total += chance.mul_(rate).div_(k)
+    return number
 
 
 def standard_normal(like: Tensor, generator: Generators) -> Tensor:

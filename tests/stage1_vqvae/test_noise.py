@@ -1,9 +1,10 @@
 """The noise law against noise of a known law: what is planted must come back."""
 
 import pytest
+import scipy.stats
 import torch
 
-from stage1_vqvae.noise import HIGH_PASS, NoiseLaw, estimate_law, likelihood, recorrupt, standard_normal
+from stage1_vqvae.noise import HIGH_PASS, MANY, NoiseLaw, estimate_law, likelihood, poisson, recorrupt, standard_normal
 
 COUNTS = 800.0  # at the peak of a DeepLense image; its sky is 10
 SKY = 10.0
@@ -141,6 +142,70 @@ def test_images_scaled_one_by_one_are_drawn_so() -> None:
     assert sum(steps) / 20 == pytest.approx(float(((high - low) * COUNTS).mean()), rel=0.02)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.4, 3.0, 10.0, 15.9, 16.0, 40.0, 800.0])
+def test_photons_are_the_quantiles_of_a_poisson_distribution(rate: float) -> None:
+    z = torch.randn(3, 40_000, generator=torch.Generator().manual_seed(0))
+    found = poisson(z, torch.full_like(z, rate)).numpy()
+    expected = scipy.stats.poisson.ppf(scipy.stats.norm.cdf(z.double().numpy()), rate)
+    assert abs(found - expected).max() <= 1
+    assert (found != expected).mean() < (1e-4 if rate < MANY else 0.01)
+
+
+def dark_levels(images: torch.Tensor) -> torch.Tensor:
+    """The median of the corners of each image, (n,)."""
+    return torch.cat([images[..., :10, :10], images[..., -10:, -10:]], -1).flatten(1).median(1).values
+
+
+def test_what_scaling_takes_away_is_drawn_anew_for_each_image() -> None:
+    """The darkest pixel has no photon here and one there, so that the background is 10 photons here and 9 there: a decoder
+    cannot know, and gives the mean. The true counts, drawn anew and scaled, are the control."""
+    torch.manual_seed(11)
+    n = 300
+    peak = 750 + 100 * torch.rand(n, 1, 1, 1)
+    mean = SKY + (rings(n, 120) - SKY / COUNTS) * peak
+    counts, again = torch.poisson(mean), torch.poisson(mean)
+    least, span = counts.amin((1, 2, 3)).mean(), (counts.amax((1, 2, 3)) - counts.amin((1, 2, 3)))[:, None, None, None]
+    decoded = (mean - least) / span
+    law = NoiseLaw()
+    law.fit(scaled(counts), decoded, "image")
+    assert float(law.least) == pytest.approx(float(least), abs=0.08)
+    photon = law.gain[1] * law.level(decoded)
+    assert float((photon * span).mean()) == pytest.approx(1, abs=0.01)
+    shaped = NoiseLaw()
+    shaped.load_state_dict(law.state_dict())
+    shaped.gain.zero_()  # without photons: the table's noise about the decoded image
+    real, control, drawn, other = (
+        dark_levels(x) for x in (scaled(counts), scaled(again), law(decoded), shaped(decoded))
+    )
+    assert ranks(real, control) < 0.12
+    assert ranks(real, drawn) < 0.12
+    assert ranks(real, other) > 0.2
+    assert float(drawn.std()) == pytest.approx(float(real.std()), rel=0.12)
+
+
+def test_photons_are_not_seen_in_noise_of_twice_their_variance() -> None:
+    clean = rings(80)
+    twice = torch.poisson(torch.poisson(clean * COUNTS))  # as in Model I
+    law = NoiseLaw()
+    law.fit(twice, clean * COUNTS, "image")
+    assert float(law.step) == 1
+    assert not law.gain.any()
+    law.fit(torch.poisson(clean * COUNTS), clean * COUNTS, "image")
+    assert law.gain.tolist() == [1, 0]
+    assert float(law.least) == 0
+
+
+def test_a_law_from_before_there_were_photons_is_read() -> None:
+    law, clean = NoiseLaw(), rings(40)
+    law.fit(photons(clean), clean, "image")
+    assert law.gain.any()
+    old = {name: value for name, value in law.state_dict().items() if name not in ("gain", "least")}
+    again = NoiseLaw()
+    again.load_state_dict(old)
+    assert not again.gain.any()
+    assert torch.equal(again.table, law.table)
+
+
 def test_neither_counts_nor_a_scale_are_seen_where_there_are_none() -> None:
     torch.manual_seed(5)
     clean = rings(40)
@@ -172,6 +237,7 @@ def test_exposures_differ_and_noise_is_cut_at_zero() -> None:
     drawn, real = own(clean).flatten(1)[dark], images.flatten(1)[dark]
     assert float((drawn == 0).float().mean()) == pytest.approx(float((real == 0).float().mean()), abs=0.03)
     assert float(own.step) == 1
+    assert not own.gain.any()
 
 
 def test_the_level_is_that_of_the_background_with_noise_or_without() -> None:
