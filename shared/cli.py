@@ -5,7 +5,8 @@ import errno
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import NoReturn
 
@@ -76,7 +77,9 @@ def guard(script: Callable[[], object]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        _fail(f"the disk is full{where}: free some space and run the same command again, it goes on where it stopped")
+        _fail(
+            f"the disk is full{where}: free some space and run the same command again; what was kept is not done again"
+        )
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, and the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
@@ -86,7 +89,15 @@ class Parser(argparse.ArgumentParser):
     """argparse's, but for its errors: one line, as for every other mistake."""
 
     def error(self, message: str) -> NoReturn:
+        if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            message += near(unknown[1], [name for action in self._actions for name in action.option_strings])
         raise UserError(f"{message} (`{self.prog} --help` shows what there is)")
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """ ", did you mean ...?" where one of the known names is near, else nothing."""
+    found = get_close_matches(name, known, n=1)
+    return f", did you mean {found[0]}?" if found else ""
 
 
 def at_least(low: int) -> Callable[[str], int]:

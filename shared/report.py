@@ -121,6 +121,10 @@ class Report:
         self.blocks.append(f'<ul class="verdict">{"".join(items)}</ul>')
         return self
 
+    def note(self, text: str) -> "Report":
+        self.blocks.append(f'<p class="note">{html.escape(text)}</p>')
+        return self
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> "Report":
         def cell(value: Any) -> str:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)

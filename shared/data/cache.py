@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -452,7 +453,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     make = f"run `lens-ldm prepare FOLDER --out {folder}` or `lens-ldm simulate --count 10000 --out {folder}`"
     if not folder.exists():
-        raise UserError(f"no data set at {folder}: {make}")
+        there = [path.parent.name for path in folder.parent.glob(f"*/{INDEX}")]
+        meant = get_close_matches(folder.name, there, n=1)
+        raise UserError(f"no data set at {folder}: " + (f"did you mean {folder.parent / meant[0]}?" if meant else make))
     if not path.exists() and (folder / PROGRESS).exists():
         raise UserError(f"the data set at {folder} is unfinished: run the command that began it again, and it goes on")
     if not path.exists():

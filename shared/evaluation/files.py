@@ -53,7 +53,7 @@ def of_files(
         try:
             images = torch.from_numpy(np.stack([source.read(int(i)) for i in places]))
         except BrokenImage as error:
-            raise UserError(f"{path}: an image {error}; leave it out, and say how many were") from error
+            raise UserError(f"{path}: an image {error}: leave such images out, and report how many") from error
         if grey:
             if not torch.equal(images.amin(1), images.amax(1)):
                 raise UserError(f"{path} has images in colour, {reference.path} has one channel: make them grey")

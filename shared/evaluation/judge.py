@@ -116,6 +116,8 @@ def judge(plan: Plan, candidates: Mapping[str, ImageSet], asked: Mapping[str, np
     sets = {"reference": plan.near, "real": plan.far, **candidates}
     transform = plan.reference.transform
     n, measured = len(plan.near), {}
+    fits = f", {plan.fits} lens fits of each" if plan.fitter is not None else ""
+    print(f"measuring {len(sets)} sets of {n} images{fits}; what is done is kept", flush=True)
     with tqdm(total=len(sets) * n, desc="measuring", unit="image", disable=None, leave=False) as bar:
         for name, images in sets.items():
             bar.set_postfix_str(name)

@@ -157,7 +157,7 @@ def measure(
             if not (fine := drawn.flatten(1).isfinite().all(1)).all():
                 number = start + int((~fine).nonzero()[0])
                 raise UserError(
-                    f"image {number} of {images.key} holds NaN or infinity: leave such images out, and say how many"
+                    f"image {number} of {images.key} holds NaN or infinity: leave such images out, and report how many there were"
                 )
             for batch in drawn.split(BATCH):
                 for one in missing:

@@ -10,8 +10,9 @@ from PIL import Image
 from shared.data.symmetries import apply
 from shared.evaluation import lenses, tables
 from shared.evaluation.judge import Evaluation
-from shared.evaluation.verdict import verdict
+from shared.evaluation.verdict import unseen, verdict
 from shared.report import Report, grid
+from shared.simulate.again import preset_of
 
 SHOWN, WORST = 24, 16
 
@@ -21,16 +22,20 @@ def report(evaluation: Evaluation, metrics: Mapping[str, Any]) -> Report:
     sets, measured, n = evaluation.sets, evaluation.measured, metrics["n"]
     transform = measured["real"].transform
     sampling = metrics.get("sampling")
+    preset = preset_of(evaluation.reference)
+    real = "real" if preset is None else f"real (here: simulated, preset {preset.name})"
     drawn = ""
     if sampling:
         times = "a grid fitted to the model" if sampling.get("times") else f"shift {sampling['shift']:g}"
         drawn = f", {sampling['steps']} steps of {sampling['sampler']} ({times})"
     page = Report(
         f"lens-ldm: {metrics['model']}",
-        f"{n} samples{drawn}, beside {n} real images of the test split of {metrics['reference']}. All pictures are on one "
+        f"{n} samples{drawn}, beside {n} {real} images of the test split of {metrics['reference']}. All pictures are on one "
         f"scale, {transform.low:g} to {transform.high:g}, {transform.stretched}.",
     )
     page.verdict(verdict(metrics))
+    if missing := unseen(metrics):
+        page.note(missing[0].upper() + missing[1:] + ".")
     for name, heading in (
         ("samples", "Generated: the first samples, none picked"),
         ("real", "Real: test images, none picked"),
@@ -65,6 +70,7 @@ def report(evaluation: Evaluation, metrics: Mapping[str, Any]) -> Report:
         page.section(
             "By published protocols",
             "Images treated as they were where such a number was published, each beside the floor of its own protocol. "
+            "Published numbers are FIDs, on Inception features: compare them with rows called fid alone (--fid). "
             + "; ".join(f"{name}: {one['about']}" for name, one in found.items()) + ".",
         ).table(header, rows)  # fmt: skip
     if found := metrics.get("two_sample"):

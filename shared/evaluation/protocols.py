@@ -95,22 +95,22 @@ PROTOCOLS = {
     for protocol in (
         Protocol(
             "crop128-2500-train",
-            "middle 128x128, 2,500 against 2,500 training images (the lowest near full size: 3.53, 100,000 steps)",
+            "middle 128x128, 2,500 against 2,500 training images (published FID, the lowest near full size: 3.53, 100,000 steps)",
             2500, "train", lambda x: crop(x, 128), smallest=128,
         ),
         Protocol(
             "clip64-1000-train",
-            "Lanczos to 64x64, each image clipped to its 1 to 99 %, 1,000 against 1,000 training images (the lowest: 2.20)",
+            "Lanczos to 64x64, each image clipped to its 1 to 99 %, 1,000 against 1,000 training images (lowest published FID: 2.20)",
             1000, "train", lambda x: clip(lanczos(x, 64)), "1 and 99 % of each image",
         ),
         Protocol(
             "resize160-1000-heldout",
-            "enlarged to 160x160, each image scaled to its own minimum and maximum, 1,000 held-out images (8.03)",
+            "enlarged to 160x160, each image scaled to its own minimum and maximum, 1,000 held-out images (published FID: 8.03)",
             1000, "held-out", lambda x: min_max(resize(x, 160)), "extremes of each image",
         ),
         Protocol(
             "28px-100",
-            "shrunk to 28x28, 100 against 100 training images (27.9): the floor is most of any number found so",
+            "shrunk to 28x28, 100 against 100 training images (published FID: 27.9): the floor is most of any number found so",
             100, "train", lambda x: resize(x, 28),
         ),
     )
@@ -132,7 +132,10 @@ def chosen(names: list[str], reference: LensImages, available: int) -> list[Prot
             continue
         try:
             if available < protocol.n:
-                raise UserError(f"protocol {name} needs {protocol.n} samples, these are {available}")
+                raise UserError(
+                    f"protocol {name} needs {protocol.n} samples, these are {available} (--count {protocol.n}, with at least "
+                    f"{2 * protocol.n} test images)"
+                )
             protocol.sets(reference)
         except UserError as error:
             if name in wanted:

@@ -129,6 +129,7 @@ def histograms(sets: dict[str, dict[str, np.ndarray]], columns: int = 4) -> Any:
             )
             axis.stairs(np.histogram(values[quantity], edges, density=True)[0], edges, label=name, lw=1.3, **style)
         axis.set(xlabel=quantity.replace("_", " "), yticks=[])
+        axis.locator_params(axis="x", nbins=5)
     axes[0].legend(fontsize=8)
     return rasterise(figure)
 

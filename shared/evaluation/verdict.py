@@ -25,7 +25,7 @@ def verdict(metrics: Mapping[str, Any]) -> list[Line]:
         lines.append(_lenses(fits["samples"], fits["real"], metrics["population"].get("samples", {})))
     if told := metrics.get("two_sample"):
         auc, (low, high), of_real = told["samples"]["auc"], told["samples"]["auc_interval"], told["real"]["auc"]
-        text = f"a classifier tells them from real images with an AUC of {auc:.2f} ({low:.2f} to {high:.2f})"
+        text = f"a classifier tells them from real images with an AUC of {auc:.2f} ({low:.3f} to {high:.3f})"
         lines.append((low <= 0.5, f"{text}, real images from others {of_real:.2f}; chance is 0.5"))
     if memory := metrics.get("memory"):
         lines.append(_memory(memory))
@@ -41,16 +41,35 @@ def verdict(metrics: Mapping[str, Any]) -> list[Line]:
     return lines
 
 
+PARTS = {
+    "distributions": "precision, recall and coverage",
+    "lens_fits": "whether they are lenses",
+    "two_sample": "whether a classifier tells them from real images",
+    "memory": "copies of training images",
+}
+
+
+def unseen(metrics: Mapping[str, Any]) -> str:
+    """What a verdict was reached without; empty where nothing is missing."""
+    missing = [text for part, text in PARTS.items() if not metrics.get(part)]
+    return f"not looked at: {', '.join(missing)}" if missing else ""
+
+
 def stands_out(score: Mapping[str, Any], step: float = 0.0, both: bool = True) -> bool:
-    """Whether an excess over a floor is no accident, at LEVEL: Student's t, for the scatter of a few splits is itself uncertain.
+    """Whether an excess over a floor is no accident, at LEVEL; see `least_seen`."""
+    excess = abs(score["excess"]) if both else score["excess"]
+    return bool(excess > least_seen(score, step, both))
+
+
+def least_seen(score: Mapping[str, Any], step: float = 0.0, both: bool = True) -> float:
+    """The excess over a floor from where on it is no accident: Student's t, for the scatter of a few splits is itself uncertain.
 
     step  the smallest scatter to count with: shares come in steps, and few splits may all have one value
     both  an excess of either sign is one
     """
     splits = score.get("splits", 5)
     reach = stats.t.ppf(1 - LEVEL / (1 + both), splits - 1) * math.sqrt(1 + 1 / splits)
-    excess = abs(score["excess"]) if both else score["excess"]
-    return bool(excess > reach * max(score["floor_sd"], step))
+    return float(reach * max(score["floor_sd"], step))
 
 
 def fewer(fits: Fits, real: Fits) -> bool:
@@ -78,8 +97,13 @@ def agreeing(spectrum: Mapping[str, Any]) -> float:
 
 def _distance(metric: str, s: Mapping[str, Any]) -> Line:
     near = not stands_out(s, both=False)
-    word = "no further from real images than others of them" if near else "further from real images than others of them"
+    seen = least_seen(s, both=False)
     floor = f"the floor of {s['floor']:.2f} ± {s['floor_sd']:.2f}"
+    word = (
+        f"which other real images may be, too: from {seen:.2f} on it would be no accident"
+        if near
+        else "further from real images than others of them"
+    )
     return near, f"{metric}: {s['excess']:+.2f} over {floor} (n = {s['n']}), {word}"
 
 
@@ -93,10 +117,10 @@ def _spread(found: Mapping[str, Mapping[str, Any]]) -> Line:
 
 def _quantities(scores: Mapping[str, Mapping[str, Any]], spectrum: Mapping[str, Any]) -> Line:
     found, agree = off(scores), agreeing(spectrum)
-    text = f"the power spectrum agrees at {agree:.0%} of its frequencies"
+    smooth, text = agree >= 1 - SMOOTH, f"the power spectrum agrees at {agree:.0%} of its frequencies"
     if not found:
         fine = f"all {len(scores)} quantities measured on each image are distributed as in real images"
-        return agree >= 1 - SMOOTH, f"{fine}; {text}"
+        return smooth, f"{fine}; {text}" if smooth else f"{text} alone; {fine}"
     said = ", ".join(f"{name.replace('_', ' ')} {ratio:.1f}" for name, ratio in found.items())
     text = f"by these times: {said}; {text}"
     return False, f"{len(found)} of {len(scores)} quantities are further off than between real sets, {text}"
@@ -105,11 +129,16 @@ def _quantities(scores: Mapping[str, Mapping[str, Any]], spectrum: Mapping[str, 
 def _lenses(fits: Fits, real: Fits, population: Mapping[str, Mapping[str, Any]]) -> Line:
     text = f"lenses at the level of their noise: {tables.share_of(fits)}, of real images {tables.share_of(real)}"
     found = off(population)
-    said = ", ".join(f"{name} {ratio:.1f}" for name, ratio in found.items())
-    how = (
-        f"distributed otherwise, by these times: {said}" if found else "their parameters are distributed as real ones'"
-    )
-    return not fewer(fits, real) and not found, f"{text}; {how}"
+    if found:
+        said = ", ".join(f"{name} {ratio:.1f}" for name, ratio in found.items())
+        how = f"their parameters are distributed otherwise, further off than real sets by these times: {said}"
+    else:
+        ratios = {name: math.inf if s["ratio"] is None else s["ratio"] for name, s in population.items()}
+        furthest = max(ratios, key=lambda name: ratios[name], default="")
+        apart = f" ({furthest} is furthest, {ratios[furthest]:.1f} times as far as real sets)" if furthest else ""
+        how = f"no parameter is distributed otherwise as far as {fits['n']} fits can tell{apart}"
+    less = fewer(fits, real)
+    return not less and not found, f"{how}; {text}" if found and not less else f"{text}; {how}"
 
 
 def _memory(memory: Mapping[str, Mapping[str, Any]]) -> Line:
@@ -125,4 +154,6 @@ def summary(metrics: Mapping[str, Any]) -> str:
     if metrics.get("protocols"):
         parts.append(tables.protocol_rows(metrics["protocols"]))
     marks = [f"{'as real' if fine else 'not so':8} {line}" for fine, line in verdict(metrics)]
+    if missing := unseen(metrics):
+        marks.append(f"{'':8} {missing}")
     return "\n\n".join([*(tables.aligned(rows) for rows in parts if rows), "\n".join(marks)])
