@@ -100,7 +100,7 @@ PROTOCOLS = {
         ),
         Protocol(
             "clip64-1000-train",
-            "Lanczos to 64x64, each image clipped to its 1 to 99 %, 1,000 against 1,000 training images (lowest published FID: 2.20)",
+            "Lanczos to 64x64, each clipped to its 1 to 99 %, 1,000 against 1,000 training images (lowest published FID: 2.20)",
             1000, "train", lambda x: clip(lanczos(x, 64)), "1 and 99 % of each image",
         ),
         Protocol(
