@@ -60,7 +60,9 @@ def peak(data: str, kind: str, precision: str, checkpoint: bool, accumulate: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/quickstart")
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], help="bf16 is slow where no hardware has it")
+    parser.add_argument(
+        "--precision", nargs="+", default=["fp32", "bf16"], help="bf16 is slow where no hardware has it"
+    )
     a = parser.parse_args()
     rows = [["attention", "precision", "as it is", "4 parts", "checkpointed", "both"]]
     for kind, precision in itertools.product(ATTENTION, a.precision):
