@@ -321,13 +321,14 @@ class Monitor(Callback):
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
         if trainer.is_global_zero:
-            paused, was_training = time.perf_counter(), module.shadow.training
-            module.shadow.eval()  # a quantiser in train mode would learn, and dropout drop
-            metrics = module.score()
-            if step % t.validate_every == 0 or step == t.max_steps:
-                metrics |= module.validate(self.run.folder / "samples")
-            module.shadow.train(was_training)
-            if metrics:
+            validate, score = step % t.validate_every == 0 or step == t.max_steps, getattr(t, "score_every", 0)
+            if validate or (score and step % score == 0):
+                paused, was_training = time.perf_counter(), module.shadow.training
+                module.shadow.eval()  # a quantiser in train mode would learn, and dropout drop
+                metrics = module.score()
+                if validate:
+                    metrics |= module.validate(self.run.folder / "samples")
+                module.shadow.train(was_training)
                 self._log(trainer, {f"validation/{k}": v for k, v in metrics.items()})
                 self.mark = (self.mark[0], self.mark[1] + time.perf_counter() - paused)
 

@@ -113,7 +113,7 @@ class NoiseLaw(nn.Module):
         z = standard_normal(clean, generator)
         if log_ratio is None and bool(self.gain.any()):
             photon = self._photon(self.level(clean))
-            images = self.low + photon * poisson(z, ((clean - self.low) / photon + self.least).clamp_min(0))
+            images = self.dark_end + photon * poisson(z, ((clean - self.dark_end) / photon + self.least).clamp_min(0))
         else:
             sd = self.variance(clean).sqrt()
             if log_ratio is not None:
@@ -122,7 +122,7 @@ class NoiseLaw(nn.Module):
             if self.step > 0:
                 images = ((images - self.low) / self.step).round().clamp_min(0) * self.step + self.low
         if self.scaled:
-            least, greatest = images.amin((-2, -1), keepdim=True), images.amax((-2, -1), keepdim=True)
+            least, greatest = images.amin((-3, -2, -1), keepdim=True), images.amax((-3, -2, -1), keepdim=True)
             share = (images - least) / torch.where(greatest > least, greatest - least, 1.0)
             images = self.scale[0] + (self.scale[1] - self.scale[0]) * share
         return images
@@ -130,6 +130,11 @@ class NoiseLaw(nn.Module):
     def _dark(self, level: Tensor) -> Tensor:
         x = (level - self.low).clamp_min(0)
         return self.dark[0] + x * (self.dark[1] + x * self.dark[2])
+
+    @property
+    def dark_end(self) -> Tensor:
+        """Where there are no photons: at the least value of images that were scaled, at 0 of others."""
+        return self.low if self.scaled else torch.zeros_like(self.low)
 
     def _photon(self, level: Tensor) -> Tensor:
         """The value of one photon in images of these levels."""
@@ -232,7 +237,8 @@ class NoiseLaw(nn.Module):
         """
         self.gain.zero_()
         self.least.zero_()
-        x = (level - self.low).flatten()
+        x = (level - self.dark_end).flatten()
+        steps = steps.repeat_interleave(level.shape[1])  # of each channel
         if not bool((steps > 0).all()) or abs(float(self.b / steps.mean()) - 1) > OF_PHOTONS:
             return
         if not self.scaled:
@@ -248,7 +254,7 @@ class NoiseLaw(nn.Module):
             generator = torch.Generator().manual_seed(0)
             z = standard_normal(clean, generator)
             for _ in range(6):  # each is some five times nearer
-                rate = ((clean - self.low) / self._photon(level) + self.least).clamp_min(0)
+                rate = ((clean - self.dark_end) / self._photon(level) + self.least).clamp_min(0)
                 self.least.copy_(poisson(z, rate).amin((1, 2, 3)).mean())
         if float((expected / (photons + self.least) - 1).median().abs()) > OF_PHOTONS:
             self.gain.zero_()
@@ -331,7 +337,8 @@ def poisson(z: Tensor, rate: Tensor) -> Tensor:
     for image, own, mean in zip(numbers, z, rate, strict=True):  # one at a time stays in the processor's cache
         few = mean < MANY
         if bool(few.any()):
-            image[few] = _counted(torch.special.ndtr(own[few]), mean[few])
+            # In double precision, where no chance is rounded to 1: it would be that of infinitely many.
+            image[few] = _counted(torch.special.ndtr(own[few].double()), mean[few].double()).to(image.dtype)
     return numbers
 
 

@@ -8,6 +8,7 @@ in <out>/plan.json: a system that is stopped goes on, and ends where it would ha
 import hashlib
 import json
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,16 +27,17 @@ from shared.config import load_config, merge, parse_overrides, to_dict
 from shared.data.cache import LensImages
 from shared.data.symmetries import turns
 from shared.errors import UserError
+from shared.evaluation.compare import short_names
 from shared.files import make_folder, write_atomically
 from shared.precision import resolve_precision
 from shared.report import read_metrics
-from shared.run import Run
+from shared.run import HARMLESS, Run, flatten
 from shared.schema import Adversarial, Stage2
 from shared.training import fit
 from stage2_diffusion import evaluate, sample
 from stage2_diffusion.pipeline import autoencoder_of, conditions_of, module_of, train
 
-COUNTED = 3  # steps whose operations are counted, before others are timed; a GAN's generator learns in every third
+COUNTED = 3  # steps, at least, whose operations are counted before others are timed
 TIMED, PATIENCE = 60, 15.0  # steps that are timed, or fewer of those that take long [s]
 UNITS = {"s": ("seconds", 1.0), "min": ("seconds", 60.0), "h": ("seconds", 3600.0), "tflop": ("gflop", 1000.0)}
 AT_ONCE = 16  # lenses: what a kill loses of systems that take long for one
@@ -83,9 +85,10 @@ class Trial(Callback):
     class Over(Exception):
         pass
 
-    def __init__(self) -> None:
+    def __init__(self, period: int = 1) -> None:
+        """period: after so many steps the next ones are as those before"""
         self.counter, self.steps, self.seconds, self.gflop = FlopCounterMode(display=False), 0, 0.0, 0.0
-        self.started = 0.0
+        self.started, self.period, self.counted = 0.0, period, period * -(-COUNTED // period)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if self.steps == 0:
@@ -95,18 +98,18 @@ class Trial(Callback):
         self.steps += 1
         if module.device.type == "cuda":
             torch.cuda.synchronize()
-        now, timed = time.perf_counter(), self.steps - COUNTED
+        now, timed = time.perf_counter(), self.steps - self.counted
         if timed == 0:
             self.counter.__exit__(None, None, None)
-            self.gflop, self.started = self.counter.get_total_flops() / 1e9 / COUNTED, now
-        elif timed > 0 and timed % COUNTED == 0 and (timed >= TIMED or now - self.started > PATIENCE):
+            self.gflop, self.started = self.counter.get_total_flops() / 1e9 / self.counted, now
+        elif timed >= COUNTED and timed % self.period == 0 and (timed >= TIMED or now - self.started > PATIENCE):
             self.seconds = (now - self.started) / timed
             raise Trial.Over
 
 
 def step_cost(config: Config) -> StepCost:
     """What a step of this config costs here."""
-    trial = Trial()
+    trial = Trial(1 if isinstance(config, Stage2) else min(config.adversary.updates, TIMED))
     try_out(config, trial)
     return StepCost(trial.seconds, trial.gflop)
 
@@ -124,6 +127,7 @@ def try_out(config: Config, callback: Callback) -> None:
         return latents if told is None else (latents, told)
 
     quick = {"validate_every": NEVER, "checkpoint_every": NEVER, "max_steps": NEVER, "watched": 2, "progress": False}
+    quick["compile"] = False  # a minute of it would be timed with the steps
     with tempfile.TemporaryDirectory() as folder, suppress(Trial.Over):
         changes = {"output": folder, "trainer": quick, "logger": {"wandb": "disabled"}}
         config = load_config(type(config), [], merge(to_dict(config), changes))
@@ -157,7 +161,13 @@ def systems(
     overrides    of all configs, as on a command line
     UserError    for whatever is wrong with any of them, before anything is trained
     """
-    as_they_are = [System(Path(model).name, find_run(model)) for model in models]
+    labels = ("-".join(Path(name).parts) for name in short_names([str(find_run(model).resolve()) for model in models]))
+    as_they_are = [System(label, find_run(model)) for label, model in zip(labels, models, strict=True)]
+    told = [
+        system.name
+        for system in as_they_are
+        if read_config(find_model(system.model)).get("conditions", {}).get("entries")
+    ]
     found: list[Config] = []
     for path in configs:
         given = merge(parse_overrides(overrides), {"output": str(out), "data": {"path": reference}})
@@ -168,6 +178,12 @@ def systems(
         if config.logger.wandb == "auto":
             links["logger"] = {"wandb": "disabled"}  # a dozen short runs are noise there, unless they are asked for
         found.append(load_config(type(config), [], merge(to_dict(config), links)))
+        if isinstance(config, Stage2) and (config.condition.parameters or to_dict(config)["condition"]["class"]):
+            told.append(config.name)
+    if told:
+        raise UserError(
+            f"{told[0]} is asked for its lenses, which is not done here: score it by `lens-ldm evaluate`, and compare that"
+        )
     names = [config.name for config in found] + [system.name for system in as_they_are]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UserError(f"two of them are called {twice[0]}: give one another name")
@@ -203,16 +219,16 @@ class Plans:
                 raise UserError(f"{path} cannot be read ({error}): delete it to plan again") from error
 
     def of(self, config: Config, budget: Budget) -> dict[str, Any]:
-        what = f"{json.dumps(to_dict(config), sort_keys=True, default=str)} {budget.text}"
-        key = hashlib.sha256(what.encode()).hexdigest()[:16]
-        plan = self.kept.get(config.name)
-        if plan is None or plan["key"] != key:
+        own = [pair for pair in flatten(to_dict(config)) if not pair[0].startswith(HARMLESS)]
+        digest = hashlib.sha256(f"{json.dumps(own, default=str)} {budget.text}".encode()).hexdigest()[:16]
+        key = f"{config.name} {digest}"  # beside those of other budgets: each goes on with its own
+        plan = self.kept.get(key)
+        if plan is None:
             cost = step_cost(config)
             plan = {
-                "key": key, "budget": budget.text, "steps": budget.steps(cost), **asdict(cost),
-                "threads": torch.get_num_threads(),
+                "budget": budget.text, "steps": budget.steps(cost), **asdict(cost), "threads": torch.get_num_threads(),
             }  # fmt: skip
-            self.kept[config.name] = plan
+            self.kept[key] = plan
             make_folder(self.path.parent)
             write_atomically(self.path, (json.dumps(self.kept, indent=1) + "\n").encode())
         return plan
@@ -225,28 +241,21 @@ def score(system: System, out: Path, reference: str, count: int, fits: int, skip
     if system.config is not None:
         train(system.config)
     drawn, scored = folder / "samples", folder / f"evaluation-{count}"
-    known = read_config(find_model(system.model))["sha256"]
-    if _scored(scored / "metrics.json", known, count, fits):
-        return scored
     common = ["--count", str(count), "--out"]
-    sample.main([str(system.model), "--batch-size", str(AT_ONCE), *common, str(drawn)])
     options = ["--samples", str(drawn / "samples.npz"), "--reference", reference, "--fit", str(fits)]
     options += ["--skip", *skip] if skip else []
-    evaluate.main([str(system.model), *options, *common, str(scored)])
+    command = [str(system.model), *options, *common, str(scored)]
+    wanted = {
+        "command": shlex.join(["lens-ldm", "evaluate", *command]),
+        "weights_sha256": read_config(find_model(system.model))["sha256"],
+        "reference_fingerprint": LensImages(reference).fingerprint,
+    }
+    with suppress(OSError, ValueError, AttributeError):
+        if json.loads((scored / "metrics.json").read_text()).items() >= wanted.items():
+            return scored
+    sample.main([str(system.model), "--batch-size", str(AT_ONCE), *common, str(drawn)])
+    evaluate.main(command)
     return scored
-
-
-def _scored(file: Path, weights: str, count: int, fits: int) -> bool:
-    """Whether these weights have been scored like this."""
-    try:
-        found = json.loads(file.read_text())
-        return bool(
-            found["weights_sha256"] == weights
-            and found["n"] == count
-            and found.get("lens_preset", {}).get("fits", 0) == fits
-        )
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def trained(system: System) -> dict[str, Any]:

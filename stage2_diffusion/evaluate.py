@@ -267,11 +267,13 @@ def cost(
         generator.images(range(count), **told)
         return time.perf_counter() - started
 
-    one = seconds(1)  # to warm up
-    if one < PATIENCE:
-        one = seconds(1)
-    at_once = max(1, min(TIMED, int(PATIENCE / REPEATS / one)))
-    taken = [seconds(at_once) for _ in range(REPEATS)] if one < PATIENCE else [one]
+    at_once, taken = 1, [seconds(1)]  # to warm up, and all there is of what takes minutes
+    if taken[0] < PATIENCE:
+        took = seconds(1)
+        while at_once < TIMED and 2 * took < PATIENCE / REPEATS:  # several may take as long as one
+            at_once = min(2 * at_once, TIMED)
+            took = seconds(at_once)
+        taken = [took, *(seconds(at_once) for _ in range(REPEATS - 1))]
     return {
         "gflop": generator.gflop(**options_of(guide, asked, sampling, 1)),
         "milliseconds": 1000 * float(np.median(taken)) / at_once, "at_once": at_once,

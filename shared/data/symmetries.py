@@ -68,7 +68,7 @@ def apply_each(images: Tensor, elements: Sequence[str], drawn: Tensor) -> Tensor
 SCALAR, AXIS, PLACE, SHEAR = KINDS = ("scalar", "axis", "place", "shear")
 Rule = Sequence[str]
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(UNITS, (SCALAR,)),
+    **dict.fromkeys((*UNITS, "low", "high"), (SCALAR,)),  # the last two of `minmax`
     **dict.fromkeys(AXES, (AXIS,)),
     **{name: (PLACE, *pair) for pair in PLACES for name in pair},
 }

@@ -64,19 +64,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--reference", metavar="data/NAME", help="train on this data set, and score by its test split")
     parser.add_argument("--budget", help="of training each config: a time, 10min or 2h, or operations, 30TFLOP")
     parser.add_argument("--autoencoder", metavar="MODEL", help="of the configs on latents (default: each one's own)")
+    parser.add_argument("--count", type=positive, help=f"lenses of each system that are scored (default: {COUNT})")
     parser.add_argument(
-        "--count", type=positive, default=COUNT, help="lenses of each system that are scored (default: %(default)s)"
+        "--fit", type=at_least(0), help=f"lens fits of each (default: {FITS} where the preset is known)"
     )
-    parser.add_argument("--fit", type=at_least(0), default=FITS, help="lens fits of each (default: %(default)s)")
     parser.add_argument(
-        "--skip", nargs="+", default=[], choices=("distributions", "two-sample", "memory", "use"), help="of the scores"
+        "--skip", nargs="+", choices=("distributions", "two-sample", "memory", "use"), help="of the scores"
     )
     a, overrides = parser.parse_known_args(argv)
     make_folder(a.out.parent)
     if a.reference is not None:
         contest(a, overrides)
         return
-    if given := [name for name in ("budget", "autoencoder") if getattr(a, name) is not None] + overrides[:1]:
+    if (
+        given := [name for name in ("budget", "autoencoder", "count", "fit", "skip") if getattr(a, name) is not None]
+        + overrides[:1]
+    ):
         raise UserError(
             f"--{given[0].removeprefix('--')} is for training and scoring: say on what, --reference data/NAME"
         )
@@ -110,14 +113,15 @@ def contest(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise UserError("--budget is for configs that are to be trained, and there are none")
     stage2 = import_module("stage2_diffusion.contest")  # by name: `shared` imports neither stage
     budget = stage2.Budget.of(a.budget or "1s")
-    real, transform = _reference(a.reference, a.count, a.fit)
+    count = a.count or COUNT
+    real, transform, fits = _reference(a.reference, count, a.fit)
     models = [run for run in others if run not in scores]
     systems = stage2.systems(configs, models, budget, a.reference, a.autoencoder, out, overrides)
     found, names = [read(Path(run)) for run in scores], short_names(scores)
     pictures = {f"{a.reference}: images that no system has seen": transform.unit(real)}
     for k, system in enumerate(systems):
         print(f"[{k + 1}/{len(systems)}] {system.name}", flush=True)
-        folder = stage2.score(system, out, a.reference, a.count, a.fit, a.skip)
+        folder = stage2.score(system, out, a.reference, count, fits, a.skip or [])
         found.append({**read(folder), "training": stage2.trained(system)})
         names.append(system.name)
         require_comparable(found, [*scores, *names[len(scores) :]])
@@ -128,17 +132,21 @@ def contest(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(f"{out}.md, {out}.png, {out}-lenses.png")
 
 
-def _reference(path: str, count: int, fits: int) -> "tuple[Tensor, PixelTransform]":
-    """Some test images, and how their values are to be shown. UserError if there are too few of them for the scores."""
+def _reference(path: str, count: int, fits: int | None) -> "tuple[Tensor, PixelTransform, int]":
+    """Some test images, how their values are to be shown, and how many lens fits there are to be. UserError if there are too
+    few images for the scores."""
     from shared.data.cache import LensImages
     from shared.evaluation.lenses import lens_fitter
     from shared.evaluation.reference import check_count, halves
+    from shared.simulate.again import preset_of
 
     images = LensImages(path)
     check_count(images, path, count)
+    if fits is None:
+        fits = FITS if preset_of(images) is not None else 0
     if fits:
         lens_fitter(None, images)
-    return images.batch(halves(images, count)[1][:SHOWN]), images.transform
+    return images.batch(halves(images, count)[1][:SHOWN]), images.transform, fits
 
 
 def _first_of(samples: Path) -> "Tensor":

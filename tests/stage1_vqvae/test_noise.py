@@ -151,6 +151,25 @@ def test_photons_are_the_quantiles_of_a_poisson_distribution(rate: float) -> Non
     assert (found != expected).mean() < (1e-4 if rate < MANY else 0.01)
 
 
+@pytest.mark.parametrize("rate", [0.1, 2.0, 9.0, 10.0, 15.0, 300.0])
+def test_the_rarest_numbers_are_no_heaps_of_photons(rate: float) -> None:
+    z = torch.tensor([[4.5, 5.0, 5.3, 5.48, 5.8, 6.5, -6.5]])
+    expected = scipy.stats.poisson.isf(scipy.stats.norm.sf(z.double().numpy()), rate)
+    assert abs(poisson(z, torch.full_like(z, rate)).numpy() - expected).max() <= 1
+
+
+def test_photons_are_seen_above_a_bright_sky() -> None:
+    """Whose darkest pixel has many photons: counts are from nothing, not from that pixel on."""
+    torch.manual_seed(12)
+    clean = 60 + 800 * (rings(80) - SKY / COUNTS)
+    counts, law = torch.poisson(clean), NoiseLaw()
+    law.fit(counts, clean, "image")
+    assert law.gain.tolist() == [1, 0]
+    dark, drawn = clean < 61, law(clean)
+    assert float(drawn[dark].var()) == pytest.approx(60, rel=0.03)
+    assert float(drawn[dark].mean()) == pytest.approx(60, rel=0.003)
+
+
 def dark_levels(images: torch.Tensor) -> torch.Tensor:
     """The median of the corners of each image, (n,)."""
     return torch.cat([images[..., :10, :10], images[..., -10:, -10:]], -1).flatten(1).median(1).values

@@ -97,6 +97,18 @@ def test_a_short_run_warms_up_and_is_saved_within_itself(home: Path) -> None:
     assert within(config_of("systems/one.yaml"), 1).trainer.checkpoint_every == 1
 
 
+def test_a_plan_survives_other_plans(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time budget is so many steps by a clock that never shows the same twice: what was planned once stays."""
+    costs = iter([StepCost(0.5, 1.0), StepCost(0.4, 1.0), StepCost(0.3, 1.0)])
+    monkeypatch.setattr(contest, "step_cost", lambda config: next(costs))
+    config = config_of("systems/one.yaml")
+    first = contest.Plans(Path("out/plan.json")).of(config, Budget.of("10min"))
+    other = contest.Plans(Path("out/plan.json")).of(config, Budget.of("20min"))
+    more = config_of("systems/one.yaml", trainer={"log_every": 3})
+    again = contest.Plans(Path("out/plan.json")).of(more, Budget.of("10min"))
+    assert (first["steps"], other["steps"], again["steps"]) == (1200, 3000, 1200)
+
+
 @pytest.mark.slow
 def test_systems_are_trained_scored_and_not_trained_again(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
@@ -115,11 +127,11 @@ def test_systems_are_trained_scored_and_not_trained_again(home: Path, capsys: py
     main(command)
     table = Path("comparison.md").read_text()
     plans = json.loads(Path("comparison/plan.json").read_text())
-    for name, plan in plans.items():
+    for name, plan in ((key.split()[0], plan) for key, plan in plans.items()):
         assert plan["steps"] == max(1, int(2 / plan["gflop"]))
         (row,) = [line for line in table.splitlines() if line.startswith(f"| {name} ")]
         assert f"{plan['steps']} steps, {plan['steps'] * plan['gflop'] / 1000:.3g} TFLOP" in row
-    assert plans.keys() == {"one", "gan"}
+    assert {key.split()[0] for key in plans} == {"one", "gan"}
     lenses = Image.open("comparison-lenses.png")
     assert lenses.size == (8 * 32 - 2, 3 * (30 + 18))
     assert len(set(lenses.crop((0, 18, 254, 48)).getdata())) > 50  # real ones above

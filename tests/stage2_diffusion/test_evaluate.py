@@ -57,7 +57,7 @@ def test_what_takes_long_is_timed_on_one_lens(home: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(evaluate, "TIMED", 8)
     quick = cost(generator, None, {}, {**SAMPLING, "guidance": 1.0})
     assert quick["at_once"] == 8
-    assert drawn == [1, 1, 8, 8, 8, 1]
+    assert drawn == [1, 1, 2, 4, 8, 8, 8, 1]
     drawn.clear()
     monkeypatch.setattr(evaluate, "PATIENCE", 0.0)
     slow = cost(generator, None, {}, {**SAMPLING, "guidance": 1.0})
