@@ -147,14 +147,14 @@ class Pixels(Autoencoder):
 
     def to_raw(self, scaled: Tensor) -> Tensor:
         (top, left), (height, width) = self.margins, self.inner
-        return _resized(scaled[..., top : top + height, left : left + width], self.small)
+        return resized(scaled[..., top : top + height, left : left + width], self.small)
 
     def from_raw(self, raw: Tensor) -> tuple[Tensor, None]:
-        (top, left), inner = self.margins, _resized(raw, self.inner).clamp(-1.0, 1.0)
+        (top, left), inner = self.margins, resized(raw, self.inner).clamp(-1.0, 1.0)
         return F.pad(inner, (left, left, top, top), mode="reflect") if top or left else inner, None
 
 
-def _resized(images: Tensor, sides: Sequence[int]) -> Tensor:
+def resized(images: Tensor, sides: Sequence[int]) -> Tensor:
     """Images (N, C, H, W) of other sides: each pixel the mean of those that it covers, as PIL and torchvision have it."""
     if list(images.shape[-2:]) == list(sides):
         return images

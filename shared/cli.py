@@ -5,12 +5,11 @@ import errno
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable
 from importlib import import_module
 from typing import NoReturn
 
-from shared.errors import UserError
+from shared.errors import UserError, meant
 
 COMMANDS = {
     "quickstart": ("shared.quickstart:main", "nothing -> simulated data, both stages, samples, scores, report.html"),
@@ -90,14 +89,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
-            message += near(unknown[1], [name for action in self._actions for name in action.option_strings])
+            message += meant(unknown[1], [name for action in self._actions for name in action.option_strings])
         raise UserError(f"{message} (`{self.prog} --help` shows what there is)")
-
-
-def near(name: str, known: Sequence[str]) -> str:
-    """ ", did you mean ...?" where one of the known names is near, else nothing."""
-    found = get_close_matches(name, known, n=1)
-    return f", did you mean {found[0]}?" if found else ""
 
 
 def at_least(low: int) -> Callable[[str], int]:

@@ -40,7 +40,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def describe(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """The cells of a model, from its config.json and what is known of its quality."""
-    network = config["gan"] if "gan" in config else config["backbone"]
     sampling, weights = config["sampling"], folder / "model.safetensors"
     channels, height, width = latent_shape(config["autoencoder"])
     scores = config.get("scores") or scores_of(folder, config) or {}
@@ -48,12 +47,18 @@ def describe(folder: Path, config: Mapping[str, Any]) -> list[str]:
     return [
         f"{config['data']['name']}, {config['data']['images']}",
         f"{height}×{width}×{channels}",
-        network.get("class_path", network["name"]),
+        network_name(config),
         "1" if "gan" in config else f"{sampling['steps']} {sampling['sampler']}",
         f"{weights.stat().st_size / 1e6:.1f}" if weights.is_file() else "no weights",
         f"{distance['excess']:.2f} ({distance['n']})" if distance else "–",
         f"{lenses['share']:.0%}" if lenses else "–",
     ]
+
+
+def network_name(config: Mapping[str, Any]) -> str:
+    """Of a config.json of stage 2: a backbone of ours or its author's class, or a GAN."""
+    network = config["gan"] if "gan" in config else config["backbone"]
+    return str(network.get("class_path", network["name"]))
 
 
 def latent_shape(config: dict[str, Any]) -> tuple[int, int, int]:

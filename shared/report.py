@@ -106,7 +106,8 @@ class Report:
 
     def __init__(self, title: str, subtitle: str) -> None:
         self.title = title
-        self.blocks = [f"<h1>{html.escape(title)}</h1>", f'<p class="note">{html.escape(subtitle)}</p>']
+        self.blocks = [f"<h1>{html.escape(title)}</h1>"]
+        self.note(subtitle)
 
     def section(self, heading: str, text: str = "") -> "Report":
         self.blocks.append(f"<h2>{html.escape(heading)}</h2>" + (f"<p>{html.escape(text)}</p>" if text else ""))

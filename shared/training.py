@@ -151,8 +151,8 @@ class StageModule(lightning.LightningModule):
         raise NotImplementedError
 
     def score(self) -> dict[str, float]:
-        """Metrics of the shadow that are too dear for `validate`, on a schedule of the stage's own; empty between."""
-        return {}
+        """Metrics of the shadow, which is in eval mode, that are too dear for `validate`: every trainer.score_every steps."""
+        raise NotImplementedError
 
     def train_dataloader(self) -> "Steps":
         size, world, parts = self.config.data.batch_size, self.trainer.world_size, self.config.trainer.accumulate
@@ -321,11 +321,12 @@ class Monitor(Callback):
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
         if trainer.is_global_zero:
-            validate, score = step % t.validate_every == 0 or step == t.max_steps, getattr(t, "score_every", 0)
-            if validate or (score and step % score == 0):
+            every = getattr(t, "score_every", 0)  # which stage 1 does not have
+            validate, score = step % t.validate_every == 0 or step == t.max_steps, every > 0 and step % every == 0
+            if validate or score:
                 paused, was_training = time.perf_counter(), module.shadow.training
                 module.shadow.eval()  # a quantiser in train mode would learn, and dropout drop
-                metrics = module.score()
+                metrics = module.score() if score else {}
                 if validate:
                     metrics |= module.validate(self.run.folder / "samples")
                 module.shadow.train(was_training)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from shared.autoencoder import resized
 
 Grid = tuple[int, int]
 
@@ -31,7 +32,7 @@ class Transformation:
         if self.size != self.grid:
             cell = x.shape[-1] // self.grid[1]
             size = [cell * side for side in self.size]
-            x = F.interpolate(x.float(), size, mode="bilinear", antialias=True)  # on a CPU not in bf16
+            x = resized(x.float(), size)  # on a CPU not in bf16
         return torch.rot90(x, self.turns, (-2, -1))
 
 

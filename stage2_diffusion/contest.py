@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared.checkpoint import find_model, find_run, read_config
@@ -35,13 +34,13 @@ from shared.run import HARMLESS, Run, flatten
 from shared.schema import Adversarial, Stage2
 from shared.training import fit
 from stage2_diffusion import evaluate, sample
-from stage2_diffusion.pipeline import autoencoder_of, conditions_of, module_of, train
+from stage2_diffusion.module import Latents
+from stage2_diffusion.pipeline import autoencoder_of, conditions_of, module_of, steps_alone, train
 
 COUNTED = 3  # steps, at least, whose operations are counted before others are timed
 TIMED, PATIENCE = 60, 15.0  # steps that are timed, or fewer of those that take long [s]
 UNITS = {"s": ("seconds", 1.0), "min": ("seconds", 60.0), "h": ("seconds", 3600.0), "tflop": ("gflop", 1000.0)}
 AT_ONCE = 16  # lenses: what a kill loses of systems that take long for one
-NEVER = 10**9
 
 
 @dataclass(frozen=True)
@@ -119,21 +118,11 @@ def try_out(config: Config, callback: Callback) -> None:
     images = LensImages(config.data.path)
     autoencoder, _ = autoencoder_of(config, images)
     conditions = conditions_of(config, images, turns(images, "none"))
-    shape = autoencoder.latent_shape
-
-    def batches(places: Tensor) -> Tensor | tuple[Tensor, ...]:
-        latents = torch.randn(len(places), *shape)
-        told = conditions.vector(len(places), {})
-        return latents if told is None else (latents, told)
-
-    quick = {"validate_every": NEVER, "checkpoint_every": NEVER, "max_steps": NEVER, "watched": 2, "progress": False}
-    quick["compile"] = False  # a minute of it would be timed with the steps
+    data = Latents.random(autoencoder.latent_shape, conditions, 2 * config.data.batch_size)
+    precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
     with tempfile.TemporaryDirectory() as folder, suppress(Trial.Over):
-        changes = {"output": folder, "trainer": quick, "logger": {"wandb": "disabled"}}
-        config = load_config(type(config), [], merge(to_dict(config), changes))
-        precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
-        data = batches, len(images), (1.0,), torch.randn(2, *shape)
-        fit(module_of(config, autoencoder, data, precision, conditions), Run(config), {}, callbacks=[callback])
+        config = steps_alone(config, folder)
+        fit(module_of(config, data, autoencoder, precision, conditions), Run(config), {}, [callback])
 
 
 @dataclass(frozen=True)
@@ -149,7 +138,7 @@ class System:
 def systems(
     configs: Sequence[Path],
     models: Sequence[str],
-    budget: Budget,
+    budget: Budget | None,
     reference: str,
     autoencoder: str | None,
     out: Path,
@@ -157,12 +146,14 @@ def systems(
 ) -> list[System]:
     """All of them, once every config is right and the cost of its step is known.
 
+    budget       of each config; None without configs
     autoencoder  of those configs that are not on pixels
     overrides    of all configs, as on a command line
     UserError    for whatever is wrong with any of them, before anything is trained
     """
-    labels = ("-".join(Path(name).parts) for name in short_names([str(find_run(model).resolve()) for model in models]))
-    as_they_are = [System(label, find_run(model)) for label, model in zip(labels, models, strict=True)]
+    folders = [find_run(model) for model in models]
+    labels = ("-".join(Path(name).parts) for name in short_names([str(folder.resolve()) for folder in folders]))
+    as_they_are = [System(label, folder) for label, folder in zip(labels, folders, strict=True)]
     told = [
         system.name
         for system in as_they_are
@@ -189,6 +180,7 @@ def systems(
         raise UserError(f"two of them are called {twice[0]}: give one another name")
     plans, planned = Plans(out / "plan.json"), []
     for config in found:
+        assert budget is not None
         plan = plans.of(config, budget)
         print(
             f"{config.name}: {plan['steps']} steps of {plan['seconds']:.3g} s and {plan['gflop']:.3g} GFLOP", flush=True

@@ -6,7 +6,7 @@ its bits are those of diffusion: the discriminator sees samples without their gr
 its gradients, and in steps in which it is not the generator's turn it has no gradient, which an optimiser passes over.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from tqdm import tqdm
 from shared.autoencoder import Autoencoder
 from shared.patchgan import Discriminator
 from stage2_diffusion.generator import ONE_STEP, Generator
-from stage2_diffusion.module import SampledModule, save_previews
+from stage2_diffusion.module import Latents, SampledModule, save_previews
 from stage2_diffusion.schedule import NoiseSchedule
-from stage2_diffusion.unet import attend, require_levels
+from stage2_diffusion.unet import attend, group_norm, require_levels
 from stage2_diffusion.watch import SCORE_SEEDS, Distance
 
 COLLAPSED = 0.5  # samples less than that far apart, as a share of how far real images are
@@ -76,7 +76,7 @@ class Synthesis(nn.Module):
         for level in range(len(widths) - 1, -1, -1):
             # Of groups, where its authors' is of batches: statistics of a batch would tie samples to each other, and be
             # those of the last weights beside an average of all.
-            grids += [nn.GroupNorm(_groups(widths[level]), widths[level]), nn.ReLU()]
+            grids += [group_norm(widths[level]), nn.ReLU()]
             if level in attention:
                 grids.append(SelfAttention(widths[level]))
             if level:
@@ -91,10 +91,6 @@ class Synthesis(nn.Module):
         (height, width), x = self.sides, self.grids(noise)
         top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
         return self.out(x[:, :, top : top + height, left : left + width]).float()
-
-
-def _groups(channels: int) -> int:
-    return next(n for n in (8, 4, 2, 1) if channels % n == 0)
 
 
 def spread(samples: Tensor, real: Tensor) -> dict[str, float]:
@@ -115,10 +111,8 @@ def spread(samples: Tensor, real: Tensor) -> dict[str, float]:
 
 
 class GANModule(SampledModule):
-    """The generator as the network that is averaged and published, and the discriminator beside it.
-
-    held_out   real latents (n, c, h, w), which samples are compared with
-    """
+    """The generator as the network that is averaged and published, and the discriminator beside it. Samples are compared
+    with the latents that are held out."""
 
     network: Synthesis
 
@@ -126,18 +120,15 @@ class GANModule(SampledModule):
         self,
         config: Any,
         network: Synthesis,
+        data: Latents,
         autoencoder: Autoencoder,
-        batches: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
-        count: int,
-        chances: Sequence[float],
-        held_out: Tensor,
         precision: str,
         distance: Distance | None = None,
     ) -> None:
-        super().__init__(config, network, batches, count, chances, autoencoder, precision, distance)
+        super().__init__(config, network, data, autoencoder, precision, distance)
         a = config.adversary
         self.discriminator = Discriminator(autoencoder.latent_shape[0], a.width, a.strides)
-        self.held_out, self.spread, self.told = held_out, {"diversity": 1.0, "spacing": 1.0}, True
+        self.held_out, self.spread, self.told = data.held_out, {"diversity": 1.0, "spacing": 1.0}, True
 
     @property
     def beside(self) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Stage 2 for Lightning: denoise latents that were encoded once, draw a few lenses now and then."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ def save_previews(
     save_grid(folder / f"{step:07d}.png", pictures, columns=8, title=title)
 
 
+@dataclass(frozen=True)
+class Latents:
+    """What a network is trained on: batches, count and chances of `StageModule`, and latents (n, c, h, w) it never sees."""
+
+    batches: Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+    count: int
+    chances: Sequence[float]
+    held_out: Tensor
+
+    @classmethod
+    def random(cls, shape: Sequence[int], conditions: Conditions, count: int) -> "Latents":
+        """Noise of the shape of latents, asked for nothing: for whoever measures steps, and not what they learn."""
+        latents, told = torch.randn(count, *shape), conditions.vector(count)
+        return cls(lambda i: latents[i] if told is None else (latents[i], told[i]), count, (1.0,), latents[:2])
+
+
 class SampledModule(StageModule):
     """A network that is trained on frozen latents and sampled on the way; a subclass gives `generator`.
 
@@ -41,14 +58,12 @@ class SampledModule(StageModule):
         self,
         config: Any,
         network: nn.Module,
-        batches: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
-        count: int,
-        chances: Sequence[float],
+        data: Latents,
         autoencoder: Autoencoder,
         precision: str,
         distance: Distance | None = None,
     ) -> None:
-        super().__init__(config, network, batches, count, chances)
+        super().__init__(config, network, data.batches, data.count, data.chances)
         # In a tuple, so that Lightning neither trains, moves nor saves what is frozen.
         self.frozen = (autoencoder,)
         self.sampling_precision, self.distance = precision, distance
@@ -59,9 +74,7 @@ class SampledModule(StageModule):
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
-        every = self.config.trainer.score_every
-        if self.distance is None or self.trainer.global_step % every:
-            return {}
+        assert self.distance is not None  # as trainer.score_every has it
         return self.distance(self.generator(self.shadow))
 
 
@@ -72,21 +85,18 @@ class DiffusionModule(SampledModule):
         self,
         config: Any,
         network: Denoiser,
+        data: Latents,
         autoencoder: Autoencoder,
-        batches: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
-        count: int,
-        chances: Sequence[float],
-        held_out: Tensor,
         precision: str,
         conditions: Conditions,
         held_out_known: Mapping[str, np.ndarray] | None = None,
         distance: Distance | None = None,
     ) -> None:
-        super().__init__(config, network, batches, count, chances, autoencoder, precision, distance)
+        super().__init__(config, network, data, autoencoder, precision, distance)
         self.averages.extend(PowerEMA(network, length) for length in config.ema.lengths)
         self.conditions, self.known = conditions, held_out_known or {}
-        self.held_out = held_out, conditions.vector(len(held_out), self.known)
-        seen = batches(torch.arange(min(config.trainer.watched, count)))  # none of them turned
+        self.held_out = data.held_out, conditions.vector(len(data.held_out), self.known)
+        seen = data.batches(torch.arange(min(config.trainer.watched, data.count)))  # none of them turned
         self.seen = (seen[0], seen[1]) if isinstance(seen, tuple) else (seen, None)
         self.memorisation = Memorisation()
         self.noise: torch.Generator | None = None  # of the loss; None: torch's global one

@@ -1,8 +1,8 @@
 """Stage 2 from a config to a published generator: encode the latents once, train on them, publish."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from shared.autoencoder import Autoencoder
 from shared.checkpoint import fingerprint, load_autoencoder, publish
-from shared.config import to_dict
+from shared.config import load_config, merge, to_dict
 from shared.data.cache import LensImages
 from shared.data.symmetries import Turns, apply, apply_each, turns
 from shared.errors import UserError
+from shared.models import network_name
 from shared.precision import autocast, choose_device, resolve_precision
 from shared.processes import is_main_process
 from shared.registry import build
@@ -27,9 +28,11 @@ from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.gan import GANModule
 from stage2_diffusion.generator import ONE_STEP, Generator, build_denoiser
 from stage2_diffusion.grids import tune
-from stage2_diffusion.module import DiffusionModule
+from stage2_diffusion.module import DiffusionModule, Latents
 from stage2_diffusion.watch import Distance
 
+AnyConfig = TypeVar("AnyConfig", bound=Stage2 | Adversarial)
+NEVER = 10**9
 FEW = 256  # images that need no progress bar
 
 
@@ -59,9 +62,9 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     distance = (
         Distance(images, config.trainer.score_count) if config.trainer.score_every and is_main_process() else None
     )
-    data = batches, len(train_split), turned.chances, held_out
+    data = Latents(batches, len(train_split), turned.chances, held_out)
     known = conditions.of(images, held_out_split)
-    module = module_of(config, autoencoder, data, precision, conditions, known, distance)
+    module = module_of(config, data, autoencoder, precision, conditions, known, distance)
     fit(module, run, made_from)
     if is_main_process():
         finish(module, autoencoder, autoencoder_config, images, run, precision, made_from)
@@ -82,25 +85,30 @@ def conditions_of(config: Stage2 | Adversarial, images: LensImages, turned: Turn
 
 def module_of(
     config: Stage2 | Adversarial,
+    data: Latents,
     autoencoder: Autoencoder,
-    data: tuple[Callable[[Tensor], Tensor | tuple[Tensor, ...]], int, Sequence[float], Tensor],
     precision: str,
     conditions: Conditions,
     known: Mapping[str, np.ndarray] | None = None,
     distance: Distance | None = None,
 ) -> DiffusionModule | GANModule:
-    """A new network, from the config's seed, for Lightning to train.
-
-    data    batches, count, chances and held_out of `SampledModule` and its subclasses
-    known   of the held-out images
-    """
+    """A new network, from the config's seed, for Lightning to train; `known` of the held-out images."""
     torch.manual_seed(config.seed)
     blocks = to_dict(config)
     if isinstance(config, Stage2):
         network = build_denoiser(blocks["backbone"], blocks["diffusion"], autoencoder.latent_shape, conditions)
-        return DiffusionModule(config, network, autoencoder, *data, precision, conditions, known, distance)
+        return DiffusionModule(config, network, data, autoencoder, precision, conditions, known, distance)
     synthesis = build("gan", blocks["gan"], latent_shape=autoencoder.latent_shape)
-    return GANModule(config, synthesis, autoencoder, *data, precision, distance)
+    return GANModule(config, synthesis, data, autoencoder, precision, distance)
+
+
+def steps_alone(config: AnyConfig, folder: str) -> AnyConfig:
+    """The config of a training without an end, of which only the steps are watched: nothing is measured, drawn, logged or
+    kept beside them, and nothing compiled."""
+    trainer: dict[str, Any] = dict.fromkeys(("max_steps", "validate_every", "checkpoint_every"), NEVER)
+    trainer |= {"score_every": 0, "watched": 2, "progress": False, "compile": False}
+    changes = {"output": folder, "trainer": trainer, "logger": {"wandb": "disabled"}}
+    return load_config(type(config), [], merge(to_dict(config), changes))
 
 
 def turned_latents(
@@ -232,15 +240,15 @@ def card(published: dict) -> str:
     t = published["training"]
     if "gan" in published:
         spread = published["spread"]
-        what = f"A GAN with self-attention (`{published['gan']['name']}`), one evaluation a lens,"
+        what = f"A GAN with self-attention (`{network_name(published)}`), one evaluation a lens,"
         asked = (
             f"Its samples are {spread['diversity']:.2f} times as far apart as real images, and {spread['spacing']:.2f} times "
             "as far from the next one: near 0 is mode collapse.\n"
         )
     else:
-        backbone, diffusion = published["backbone"], published["diffusion"]
+        diffusion = published["diffusion"]
         what = (
-            f"A diffusion model (`{backbone.get('class_path', backbone['name'])}`, {diffusion['prediction']} on the\n"
+            f"A diffusion model (`{network_name(published)}`, {diffusion['prediction']} on the\n"
             f"{diffusion['schedule']} schedule)"
         )
         names = [entry["name"] for entry in published["conditions"].get("entries", [])]

@@ -23,7 +23,7 @@ from shared.errors import UserError
 from shared.evaluation.tables import share_of
 from shared.evaluation.verdict import verdict
 from shared.files import markdown
-from shared.models import headline, latent_shape
+from shared.models import headline, latent_shape, network_name
 from stage2_diffusion import custom
 from stage2_diffusion.generator import Generator
 
@@ -127,12 +127,12 @@ def card(
 ) -> str:
     """README.md of a published model."""
     t, sampling, stored = config["training"], config["sampling"], config["stored"]
+    network = f"`{network_name(config)}`, "
     if "gan" in config:
-        network, drawn = f"`{config['gan']['name']}`, a GAN", "1 evaluation"
+        network, drawn = f"{network}a GAN", "1 evaluation"
     else:
-        backbone, diffusion = config["backbone"], config["diffusion"]
-        named = backbone.get("class_path", backbone["name"])
-        network = f"`{named}`, {diffusion['prediction']} on the {diffusion['schedule']} schedule"
+        diffusion = config["diffusion"]
+        network += f"{diffusion['prediction']} on the {diffusion['schedule']} schedule"
         drawn = f"{sampling['steps']} evaluations, `{sampling['sampler']}`"
     channels, height, width = latent_shape(config["autoencoder"])
     image = "×".join(map(str, config["autoencoder"]["image_shape"][1:]))

@@ -37,7 +37,6 @@ Between = Callable[[], None]
 IMAGES = 1024  # to learn, or a batch if that is more
 TIMESTEPS = 1000  # of a DDPM
 DDIM_STEPS = 50  # of diffusers' pipelines, unless they are told otherwise
-FOREVER = 10**9
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def evaluation(generator: Generator) -> float:
 class Ours(System):
     """This project: a published model as `Generator.images` draws from it, its network as `shared.training.fit` trains it."""
 
-    libraries = ("shared.training", "stage2_diffusion.module")  # both load much that no sampling needs
+    libraries = ("shared.training", "stage2_diffusion.pipeline")  # both load much that no sampling needs
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -125,46 +124,25 @@ class Ours(System):
         self.parameters, self.gflop = parameters(self.generator.denoiser), evaluation(self.generator)
 
     def train(self, between: Between) -> None:
+        from lightning.pytorch.callbacks import LambdaCallback
+
         from shared.training import fit
-        from stage2_diffusion.module import DiffusionModule
+        from stage2_diffusion.module import DiffusionModule, Latents
 
-        own = self.generator
-        module = DiffusionModule(
-            self.config(), deepcopy(own.denoiser).requires_grad_(True), own.autoencoder, *self.data(), self.plan.precision,
-            own.conditions,
-        )  # fmt: skip
-
-        def start(batch: Any, batch_idx: int) -> None:
-            between()
-            DiffusionModule.on_train_batch_start(module, batch, batch_idx)
-
-        module.on_train_batch_start = start  # type: ignore[method-assign]
-        module.validate = lambda folder: {}  # type: ignore[method-assign]
-        fit(module, Run(module.config), {})
+        own, config = self.generator, self.config()
+        data = Latents.random(own.autoencoder.latent_shape, own.conditions, max(IMAGES, self.batch))
+        network = deepcopy(own.denoiser).requires_grad_(True)
+        module = DiffusionModule(config, network, data, own.autoencoder, self.plan.precision, own.conditions)
+        fit(module, Run(config), {}, [LambdaCallback(on_train_batch_start=lambda *step: between())])
 
     def config(self) -> Stage2:
-        """That of the model's own training, without an end and with nothing but steps in it."""
-        trainer = {
-            "max_steps": FOREVER, "validate_every": FOREVER, "checkpoint_every": FOREVER, "score_every": 0,
-            "precision": self.plan.precision, "progress": False,
-            "accelerator": "cpu" if self.device.type == "cpu" else "gpu",
-        }  # fmt: skip
-        changes = {
-            "name": "benchmark", "output": self.plan.folder, "data": {"batch_size": self.batch},
-            "trainer": trainer, "logger": {"wandb": "disabled"},
-        }  # fmt: skip
-        return load_config(Stage2, [], merge({"autoencoder": "-", **self.generator.config["training"]}, changes))
+        """That of the model's own training, for its steps alone."""
+        from stage2_diffusion.pipeline import steps_alone
 
-    def data(self) -> tuple[Callable[[Tensor], Any], int, tuple[float], Tensor]:
-        """Latents that were encoded once, which is how we train: `batches`, `count`, `chances` and `held_out`."""
-        n = max(IMAGES, self.batch)
-        latents = torch.randn(n, *self.generator.autoencoder.latent_shape)
-        told = self.generator.conditions.vector(n)
-
-        def batches(places: Tensor) -> Any:
-            return latents[places] if told is None else (latents[places], told[places])
-
-        return batches, n, (1.0,), latents[:2]
+        trainer = {"precision": self.plan.precision, "accelerator": "cpu" if self.device.type == "cpu" else "gpu"}
+        changes = {"name": "benchmark", "data": {"batch_size": self.batch}, "trainer": trainer}
+        own = merge({"autoencoder": "-", **self.generator.config["training"]}, changes)
+        return steps_alone(load_config(Stage2, [], own), self.plan.folder)
 
     def sample(self, between: Between) -> None:
         while True:

@@ -49,9 +49,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, embed_dim: int, dropout: float):
         super().__init__()
-        self.norm_1, self.conv_1 = _norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm_1, self.conv_1 = group_norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
         self.film = nn.Linear(embed_dim, 2 * channels)
-        self.norm_2, self.conv_2 = _norm(channels), zeroed(nn.Conv2d(channels, channels, 3, padding=1))
+        self.norm_2, self.conv_2 = group_norm(channels), zeroed(nn.Conv2d(channels, channels, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         super().__init__()
         require_heads("unet", channels, heads)
         self.heads = heads
-        self.norm, self.qkv = _norm(channels), nn.Linear(channels, 3 * channels)
+        self.norm, self.qkv = group_norm(channels), nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class UNet(nn.Module):
         self.ups = nn.ModuleList([nn.Conv2d(b, a, 1) for a, b in pairwise(widths)])
         self.skips = nn.ModuleList([nn.Conv2d(a, a, 1, bias=False) for a in widths[:-1]])
         self.up_levels = nn.ModuleList([level(i, blocks, blocks) for i in range(bottom)])
-        self.norm, self.out = _norm(width), zeroed(nn.Conv2d(width, channels, 3, padding=1))
+        self.norm, self.out = group_norm(width), zeroed(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Like x (N, c, h, w), for times t (N,) in [0, 1] and cond (N, cond_dim), or None if cond_dim is 0."""
@@ -178,7 +178,7 @@ def require_levels(backbone: str, attention: Sequence[int], levels: int) -> None
         raise UserError(f"{backbone}: attention at level {wrong[0]}, but multipliers has levels 0 to {levels - 1}")
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(8, channels), channels)
 
 

@@ -212,10 +212,7 @@ class CacheWriter:
             self.discard()
             raise UserError(f"the data have a column {taken.pop()!r}, a name that minmax needs for its own: rename it")
         low, high = np.fromfile(self.folder / LIMITS, "<f8").reshape(self.count, 2).T
-        own = {
-            name: {"unit": "data", "values": values, "turns": ["scalar"]}
-            for name, values in (("low", low), ("high", high))
-        }
+        own = {name: {"unit": "data", "values": values} for name, values in (("low", low), ("high", high))}
         return {**(parameters or {}), **own}
 
     def _compare(self, found: dict) -> None:

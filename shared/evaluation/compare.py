@@ -17,23 +17,22 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from shared.cli import Parser, at_least, positive
+from shared.data.cache import LensImages
 from shared.data.export import stored_rows
+from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.evaluation import tables
-from shared.evaluation.verdict import FAR, off
+from shared.evaluation.verdict import FAR, OPTIONAL, off
 from shared.files import make_folder, markdown, write_atomically
 from shared.report import colour_of, panels, rasterise, save_picture
 from shared.report import rows as rows_of_pictures
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from shared.data.normalise import PixelTransform
 
 Metrics = Mapping[str, Any]
 COSTS = {"gflop": "GFLOP a lens", "milliseconds": "ms a lens"}
@@ -68,9 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--fit", type=at_least(0), help=f"lens fits of each (default: {FITS} where the preset is known)"
     )
-    parser.add_argument(
-        "--skip", nargs="+", choices=("distributions", "two-sample", "memory", "use"), help="of the scores"
-    )
+    parser.add_argument("--skip", nargs="+", choices=OPTIONAL, help="of the scores")
     a, overrides = parser.parse_known_args(argv)
     make_folder(a.out.parent)
     if a.reference is not None:
@@ -112,7 +109,7 @@ def contest(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if a.budget is not None and not configs:
         raise UserError("--budget is for configs that are to be trained, and there are none")
     stage2 = import_module("stage2_diffusion.contest")  # by name: `shared` imports neither stage
-    budget = stage2.Budget.of(a.budget or "1s")
+    budget = stage2.Budget.of(a.budget) if configs else None
     count = a.count or COUNT
     real, transform, fits = _reference(a.reference, count, a.fit)
     models = [run for run in others if run not in scores]
@@ -132,11 +129,10 @@ def contest(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(f"{out}.md, {out}.png, {out}-lenses.png")
 
 
-def _reference(path: str, count: int, fits: int | None) -> "tuple[Tensor, PixelTransform, int]":
+def _reference(path: str, count: int, fits: int | None) -> tuple[Tensor, PixelTransform, int]:
     """Some test images, how their values are to be shown, and how many lens fits there are to be. UserError if there are too
     few images for the scores."""
-    from shared.data.cache import LensImages
-    from shared.evaluation.lenses import lens_fitter
+    from shared.evaluation.lenses import lens_fitter  # seconds that a table needs not wait for
     from shared.evaluation.reference import check_count, halves
     from shared.simulate.again import preset_of
 
@@ -149,9 +145,7 @@ def _reference(path: str, count: int, fits: int | None) -> "tuple[Tensor, PixelT
     return images.batch(halves(images, count)[1][:SHOWN]), images.transform, fits
 
 
-def _first_of(samples: Path) -> "Tensor":
-    import torch
-
+def _first_of(samples: Path) -> Tensor:
     return torch.from_numpy(next(stored_rows([samples], "images"))[:SHOWN].copy())
 
 

@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from shared.autoencoder import resized
 from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation.measure import ImageSet, of_data
@@ -65,8 +65,7 @@ def crop(images: Tensor, side: int) -> Tensor:
 
 
 def resize(images: Tensor, side: int) -> Tensor:
-    """Bilinear, with antialiasing."""
-    return F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
+    return resized(images, (side, side))
 
 
 def lanczos(images: Tensor, side: int) -> Tensor:

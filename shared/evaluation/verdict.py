@@ -12,6 +12,7 @@ LEVEL = 0.01  # how often a metric may find fault with real images
 FAR = 2.0  # times the distance between real sets: what is said to be off, if it is no accident
 SMOOTH = 0.2  # share of the frequencies whose 95 % interval may miss 1
 
+OPTIONAL = ("distributions", "two-sample", "memory", "use")  # what --skip leaves out
 Line = tuple[bool, str]
 Fits = Mapping[str, Any]
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from scipy import special
 
 from shared.config import CONFIGS, load_config, merge
-from shared.errors import UserError
+from shared.errors import UserError, meant
 from shared.explain import hint
 
 # What a drawn lens may have, in the order of the index. theta_E and mass are those of the main halo and of the prior:
@@ -106,9 +106,7 @@ def _prior(value: object) -> Prior:
     call = re.fullmatch(r"(\w+)\s*\((.*)\)", text)
     known = ", ".join(f"{law}({numbers})" for law, numbers in LAWS.items())
     if call and call[1] not in LAWS:
-        near = difflib.get_close_matches(call[1], LAWS, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{text!r}: no distribution {call[1]!r}{meant} (known: a number, {known})")
+        raise ValueError(f"{text!r}: no distribution {call[1]!r}{meant(call[1], LAWS)} (known: a number, {known})")
     law, words = (call[1], call[2].split(",")) if call else ("uniform", 2 * [text])
     try:
         numbers = tuple(map(float, words))

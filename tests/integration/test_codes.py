@@ -18,7 +18,6 @@ from shared.data.cache import LensImages
 from shared.registry import build
 from shared.schema import Stage1, Stage2
 from stage2_diffusion.module import DiffusionModule
-from tests.blobs import blobs
 
 pytestmark = pytest.mark.slow
 
@@ -33,11 +32,6 @@ QUANTIZERS = {
 }
 AUTOENCODER = {"name": "vqvae", "widths": [8, 8], "encoder_blocks": 1, "decoder_blocks": 1, "latent_channels": 4}
 TRAINER = {"precision": "fp32", "accelerator": "cpu", "log_every": 3, "checkpoint_every": 50, "progress": False}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return blobs(tmp_path_factory.mktemp("data") / "blobs")
 
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------------

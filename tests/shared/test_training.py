@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.config import load_config
+from shared.config import load_config, merge
 from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.run import Run
@@ -23,7 +23,6 @@ from shared.schema import Stage1
 from shared.training import EMA, Monitor, StageModule, fit, learning_rate_scale, step_key
 from stage1_vqvae.module import VQVAEModule
 from stage1_vqvae.pipeline import train
-from tests.blobs import blobs
 from tests.processes import Ended, run_one
 
 TINY = {
@@ -38,17 +37,9 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return blobs(tmp_path_factory.mktemp("data") / "blobs")
-
-
-def config(data: Path, output: Path, name: str = "run", **overrides: object) -> Stage1:
-    base = {"name": name, "output": str(output), "data": {"path": str(data), "batch_size": 8}, **TINY}
-    for path, value in overrides.items():
-        block, _, key = path.partition("__")
-        base[block] = {**base[block], key: value} if key else value  # type: ignore[dict-item]
-    return load_config(Stage1, [], base)
+def config(data: Path, output: Path, /, name: str = "run", **overrides: object) -> Stage1:
+    own = {"name": name, "output": str(output), "data": {"path": str(data), "batch_size": 8}}
+    return load_config(Stage1, [], merge(merge(TINY, own), overrides))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -182,8 +173,8 @@ def test_another_config_or_other_data_are_not_mixed_into_a_run(data: Path, tmp_p
     c = config(data, tmp_path)
     train(c)
     with pytest.raises(UserError, match=r"optimizer\.lr: 0\.002 -> 0\.003"):
-        train(config(data, tmp_path, optimizer__lr=0.003))
-    train(config(data, tmp_path, trainer__log_every=5))  # what changes no weight may change
+        train(config(data, tmp_path, optimizer={"lr": 0.003}))
+    train(config(data, tmp_path, trainer={"log_every": 5}))  # what changes no weight may change
     (tmp_path / "run" / "model").rename(tmp_path / "elsewhere")
     checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     checkpoint["fingerprint"]["data"] = "other"
@@ -213,7 +204,7 @@ def test_a_truncated_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
 
 def test_fewer_images_than_a_batch(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batch"):
-        train(config(data, tmp_path, data__batch_size=500))
+        train(config(data, tmp_path, data={"batch_size": 500}))
 
 
 class Waits(TorchDispatchMode):
@@ -234,9 +225,9 @@ def test_a_host_waits_for_no_gpu_between_rows_of_the_log(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
     """Of our own loop; a codebook of vector-quantize-pytorch waits in every step to hear whether one of its codes died."""
-    often = {**TINY["trainer"], "log_every": 6, "validate_every": 12, "checkpoint_every": 12, "accumulate": accumulate}
+    often = {"log_every": 6, "validate_every": 12, "checkpoint_every": 12, "accumulate": accumulate}
     quantizer = {"name": "fsq", "levels": [5, 5, 5, 5, 5]}
-    c = config(data, tmp_path, autoencoder__quantizer=quantizer, trainer=often)
+    c = config(data, tmp_path, autoencoder={"quantizer": quantizer}, trainer=often)
     waited = []
 
     def watched(module: StageModule, *rest: Any) -> None:
@@ -252,7 +243,7 @@ def test_a_host_waits_for_no_gpu_between_rows_of_the_log(
 def test_compile_reaches_what_the_loss_calls(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-    train(config(data, tmp_path, trainer__compile=True))
+    train(config(data, tmp_path, trainer={"compile": True}))
     assert [type(module).__name__ for module in compiled] == ["VQVAE"]
 
 
@@ -260,7 +251,7 @@ def test_an_accelerator_that_is_not_there_is_told_at_once(data: Path, tmp_path: 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match=r"trainer\.accelerator is gpu, but torch finds no GPU"):
-        train(config(data, tmp_path, trainer__accelerator="gpu"))
+        train(config(data, tmp_path, trainer={"accelerator": "gpu"}))
 
 
 def test_a_full_disk_at_publication_is_told(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from shared.schema import Stage1, Stage2
 from shared.training import StageModule, fit
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.generator import Generator, build_denoiser
-from stage2_diffusion.module import DiffusionModule
+from stage2_diffusion.module import DiffusionModule, Latents
 
 IMAGES, SHAPE = 256, (1, 150, 150)
 PIXEL_BATCH = 2  # a step on pixels takes a minute a batch of 32
@@ -122,9 +122,8 @@ def ours(
     with tempfile.TemporaryDirectory() as folder:
         c = config(optimizer, folder, steps)
         network = build_denoiser(to_dict(c)["backbone"], to_dict(c)["diffusion"], autoencoder.latent_shape)
-        module = DiffusionModule(
-            c, network, autoencoder, lambda i: latents[i], len(latents), (1.0,), latents[:2], "fp32", Conditions()
-        )
+        data = Latents(lambda i: latents[i], len(latents), (1.0,), latents[:2])
+        module = DiffusionModule(c, network, data, autoencoder, "fp32", Conditions())
         taken: list[float] = []
         last = [0.0]
 

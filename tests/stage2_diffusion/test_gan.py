@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.checkpoint import read_config
-from shared.config import load_config
+from shared.config import load_config, merge
 from shared.errors import UserError
 from shared.patchgan import Discriminator
 from shared.registry import build
@@ -26,7 +26,6 @@ from stage2_diffusion.generator import Generator
 from stage2_diffusion.pipeline import train
 from stage2_diffusion.sample import main as sample
 from stage2_diffusion.train import main
-from tests.blobs import blobs
 
 TINY: dict[str, Any] = {
     "autoencoder": "pixels",
@@ -38,16 +37,9 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return blobs(tmp_path_factory.mktemp("data") / "blobs")
-
-
-def config(data: Path, output: Path, name: str = "run", **overrides: Any) -> Adversarial:
-    base: dict[str, Any] = {"name": name, "output": str(output), "data": {"path": str(data), "batch_size": 8}, **TINY}
-    for block, keys in overrides.items():
-        base[block] = {**base.get(block, {}), **keys}
-    resolved = load_config(Stage2, [], base)
+def config(data: Path, output: Path, /, name: str = "run", **overrides: Any) -> Adversarial:
+    own = {"name": name, "output": str(output), "data": {"path": str(data), "batch_size": 8}}
+    resolved = load_config(Stage2, [], merge(merge(TINY, own), overrides))
     assert isinstance(resolved, Adversarial)
     return resolved
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.autoencoder import Pixels
 from shared.checkpoint import read_config
-from shared.config import load_config, to_dict, to_yaml
+from shared.config import load_config, merge, to_dict, to_yaml
 from shared.data.cache import LensImages
 from shared.data.normalise import PixelTransform
 from shared.data.symmetries import FORMAT, group
@@ -28,7 +28,7 @@ from shared.training import StageModule, fit
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.generator import Generator, build_denoiser
-from stage2_diffusion.module import DiffusionModule
+from stage2_diffusion.module import DiffusionModule, Latents
 from stage2_diffusion.pipeline import train
 from stage2_diffusion.schedule import NoiseSchedule
 from stage2_diffusion.watch import Distance, Memorisation, gap_z
@@ -45,21 +45,9 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return blobs(tmp_path_factory.mktemp("data") / "blobs")
-
-
-def config(data: Path, output: Path, name: str = "run", size: int = 8, **overrides: Any) -> Stage2:
-    base: dict[str, Any] = {
-        "name": name,
-        "output": str(output),
-        "data": {"path": str(data), "batch_size": size},
-        **TINY,
-    }
-    for block, keys in overrides.items():
-        base[block] = {**base.get(block, {}), **keys}
-    return load_config(Stage2, [], base)
+def config(data: Path, output: Path, /, name: str = "run", size: int = 8, **overrides: Any) -> Stage2:
+    own = {"name": name, "output": str(output), "data": {"path": str(data), "batch_size": size}}
+    return load_config(Stage2, [], merge(merge(TINY, own), overrides))
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -251,9 +239,8 @@ def test_a_run_on_few_images_is_warned_of_memorising_and_one_on_many_is_not(
     network = build_denoiser({**to_dict(c)["backbone"], "width": 16}, to_dict(c)["diffusion"], (1, 8, 8))
     autoencoder = Pixels((1, 8, 8), PixelTransform(0.0, 1.0))
     held_out = small_blobs(256, 2)
-    module = DiffusionModule(
-        c, network, autoencoder, lambda i: latents[i], count, (1.0,), held_out, "fp32", Conditions()
-    )
+    data = Latents(lambda i: latents[i], count, (1.0,), held_out)
+    module = DiffusionModule(c, network, data, autoencoder, "fp32", Conditions())
     fit(module, Run(c), {})
     assert capsys.readouterr().out.count("begins to memorise") == warned
     z = [float(row["validation/memorisation_z"]) for row in rows(tmp_path / "run") if row["validation/memorisation_z"]]
