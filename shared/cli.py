@@ -31,14 +31,17 @@ COMMANDS = {
         "stage2_diffusion.evaluate:main",
         "scores with their floors; also: python stage2_diffusion/evaluate.py",
     ),
-    "compare": ("shared.evaluation.compare:main", "several evaluations in one table, and quality against cost"),
+    "compare": (
+        "stage2_diffusion.baselines.compare:main",
+        "several evaluations in one table, and quality against cost",
+    ),
     "test-metrics": (
         "shared.evaluation.damage:main",
         "what each metric sees of damaged real images, and what it misses",
     ),
     "sweep": ("stage2_diffusion.sweep:main", "scores, physics and lens fits against the number of evaluations"),
     "benchmark": (
-        "stage2_diffusion.benchmark:main",
+        "stage2_diffusion.baselines.benchmark:main",
         "operations, time and memory of training and sampling beside other people's systems",
     ),
     "ablate": (

@@ -28,11 +28,11 @@ PARTS: dict[str, dict[str, str]] = {
         "none": "stage1_vqvae.quantizers:NoQuantizer",
     },
     "backbone": {
-        "unet": "stage2_diffusion.unet:UNet",
-        "dit": "stage2_diffusion.dit:DiT",
-        "uvit": "stage2_diffusion.uvit:UViT",
-        "karras_unet": "stage2_diffusion.karras_unet:KarrasUNet",
-        "custom": "stage2_diffusion.custom:custom",
+        "unet": "stage2_diffusion.backbones.unet:UNet",
+        "dit": "stage2_diffusion.backbones.dit:DiT",
+        "uvit": "stage2_diffusion.backbones.uvit:UViT",
+        "karras_unet": "stage2_diffusion.backbones.karras_unet:KarrasUNet",
+        "custom": "stage2_diffusion.backbones.custom:custom",
     },
     "gan": {
         "sagan": "stage2_diffusion.gan:Synthesis",

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from shared.autoencoder import Autoencoder
 from shared.patchgan import Discriminator
+from stage2_diffusion.backbones.layers import attend, group_norm, require_levels
 from stage2_diffusion.generator import ONE_STEP, Generator
 from stage2_diffusion.module import Latents, SampledModule, save_previews
 from stage2_diffusion.schedule import NoiseSchedule
-from stage2_diffusion.unet import attend, group_norm, require_levels
 from stage2_diffusion.watch import SCORE_SEEDS, Distance
 
 COLLAPSED = 0.5  # samples less than that far apart, as a share of how far real images are

@@ -18,7 +18,7 @@ from shared.checkpoint import build_autoencoder, fill, load
 from shared.errors import UserError
 from shared.precision import autocast, choose_device
 from shared.registry import build, resolve
-from stage2_diffusion import custom
+from stage2_diffusion.backbones import custom
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.guidance import autoguidance, classifier_free

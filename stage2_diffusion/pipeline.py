@@ -22,8 +22,8 @@ from shared.registry import build
 from shared.run import Run
 from shared.schema import Adversarial, Custom, Stage2
 from shared.training import fit
+from stage2_diffusion.backbones.custom import trust
 from stage2_diffusion.conditions import Conditions
-from stage2_diffusion.custom import trust
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.gan import GANModule
 from stage2_diffusion.generator import ONE_STEP, Generator, build_denoiser

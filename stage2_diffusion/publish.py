@@ -24,7 +24,7 @@ from shared.evaluation.tables import share_of
 from shared.evaluation.verdict import verdict
 from shared.files import markdown
 from shared.models import headline, latent_shape, network_name
-from stage2_diffusion import custom
+from stage2_diffusion.backbones import custom
 from stage2_diffusion.generator import Generator
 
 COMPARED = 32  # lenses

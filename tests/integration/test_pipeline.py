@@ -17,7 +17,7 @@ from shared.cli import main
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.flops import flops
-from stage2_diffusion import custom
+from stage2_diffusion.backbones import custom
 from stage2_diffusion.generator import Generator
 from tests.processes import run_two
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from shared.config import load_config
 from shared.files import markdown
 from shared.schema import Stage2
-from stage2_diffusion.contest import Trial, try_out
+from stage2_diffusion.baselines.contest import Trial, try_out
 from tests.shared.test_memory import Peak
 
 ATTENTION = {

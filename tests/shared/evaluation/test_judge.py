@@ -15,7 +15,7 @@ from torch import Tensor
 from shared.cli import run
 from shared.data.cache import LensImages
 from shared.errors import UserError
-from shared.evaluation import compare, damage, judge, page
+from shared.evaluation import comparison, damage, judge, page
 from shared.evaluation.measure import ImageSet, of_data
 from shared.evaluation.reference import halves, shuffled
 from shared.evaluation.verdict import LEVEL, fewer, stands_out, summary, verdict
@@ -189,7 +189,7 @@ def test_evaluations_are_compared(home: Path) -> None:
         scored(home / "a" / "unet", cost={"gflop": 2.0, "milliseconds": 7.0}, **full),
         scored(home / "b" / "unet", cost={"gflop": 4.0, "milliseconds": None}, **full),
     ]
-    compare.main([*runs, "--out", "tables/two"])
+    run("compare", [*runs, "--out", "tables/two"])
     header, _, first, second = Path("tables/two.md").read_text().splitlines()[:4]
     assert "fd_test, excess (floor 1.00 ± 0.10)" in header
     assert [cell.strip() for cell in first.split("|")[1:-1]] == [
@@ -206,7 +206,7 @@ def test_evaluations_are_compared(home: Path) -> None:
 def test_what_does_not_compare_is_refused(home: Path, change: dict[str, Any], said: str) -> None:
     runs = [scored(home / "a"), scored(home / "b", **change)]
     with pytest.raises(UserError, match=said):
-        compare.main(runs)
+        comparison.require_comparable([comparison.read(Path(folder)) for folder in runs], runs)
 
 
 def test_what_has_no_scores_is_told(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,17 +19,17 @@ from shared.errors import UserError
 from shared.optimizer import build_optimizer
 from shared.registry import build, names, resolve
 from shared.training import recompute_blocks
-from stage2_diffusion import custom, dit, karras_unet, unet
+from stage2_diffusion.backbones import custom, dit, karras_unet, unet
+from stage2_diffusion.backbones.dit import DiT, SwiGLU, rotary_angles, rotate
+from stage2_diffusion.backbones.karras_unet import KarrasUNet
+from stage2_diffusion.backbones.unet import UNet
+from stage2_diffusion.backbones.uvit import UViT
 from stage2_diffusion.conditions import Conditions
-from stage2_diffusion.dit import DiT, SwiGLU, rotary_angles, rotate
 from stage2_diffusion.generator import Generator, build_denoiser
-from stage2_diffusion.karras_unet import KarrasUNet
-from stage2_diffusion.unet import UNet
-from stage2_diffusion.uvit import UViT
 
 SHAPE = (3, 7, 6)
 SIZES = {"width": 32, "depth": 3, "blocks": 1, "heads": 2}  # of a small network, where its constructor has such a word
-OWN = "stage2_diffusion.unet.UNet"  # stands for a class of the user's own
+OWN = "stage2_diffusion.backbones.unet.UNet"  # stands for a class of the user's own
 every = pytest.mark.parametrize("name", names("backbone"))
 
 

@@ -21,10 +21,9 @@ from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.flops import count
 from shared.training import fit
-from stage2_diffusion import benchmark, systems
-from stage2_diffusion.benchmark import Worker, one_round, require_libraries, summary, table, tasks
-from stage2_diffusion.generator import build_denoiser
-from stage2_diffusion.systems import (
+from stage2_diffusion.baselines import benchmark, systems
+from stage2_diffusion.baselines.benchmark import Worker, one_round, require_libraries, summary, table, tasks
+from stage2_diffusion.baselines.systems import (
     Diffusers,
     DiffusersShort,
     Ours,
@@ -36,6 +35,7 @@ from stage2_diffusion.systems import (
     turns,
     work,
 )
+from stage2_diffusion.generator import build_denoiser
 
 UNET = {"name": "unet", "width": 8, "multipliers": [1, 2], "blocks": 1, "attention": [1], "heads": 2}
 DIFFUSION = {"schedule": "flow", "prediction": "velocity", "time": "uniform", "shift": 1.0}

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.errors import UserError
-from stage2_diffusion.dit import Attention, SwiGLU, require_pairs, rotary_angles, to_grid, to_tokens
-from stage2_diffusion.unet import Embedding, zeroed
+from stage2_diffusion.backbones.dit import Attention, SwiGLU, require_pairs, rotary_angles, to_grid, to_tokens
+from stage2_diffusion.backbones.layers import Embedding, zeroed
 
 
 class Block(nn.Module):

@@ -26,7 +26,7 @@ from shared.config import load_config, merge, parse_overrides, to_dict
 from shared.data.cache import LensImages
 from shared.data.symmetries import turns
 from shared.errors import UserError
-from shared.evaluation.compare import short_names
+from shared.evaluation.comparison import short_names
 from shared.files import make_folder, write_atomically
 from shared.precision import resolve_precision
 from shared.report import read_metrics

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_diffusion.unet import Waves, attend, require_heads, require_levels, zeroed
+from stage2_diffusion.backbones.layers import Waves, attend, require_heads, require_levels, zeroed
 
 RESIDUAL = 0.3  # share of a block in the sum with what it was given
 

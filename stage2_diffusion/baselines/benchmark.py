@@ -39,8 +39,8 @@ from shared.cli import Parser, above_zero, positive
 from shared.errors import UserError
 from shared.files import make_folder, markdown, resumed, write_atomically
 from shared.precision import check_device, choose_device
+from stage2_diffusion.baselines.systems import OURS, SYSTEMS, TIMESTEPS, Plan, work
 from stage2_diffusion.sample import add_model
-from stage2_diffusion.systems import OURS, SYSTEMS, TIMESTEPS, Plan, work
 
 Job = tuple[str, str]  # a system, and train or sample
 Ask = Callable[..., Any]

@@ -15,8 +15,8 @@ from shared.config import load_config, to_dict
 from shared.errors import UserError
 from shared.flops import count
 from shared.schema import Adversarial, Stage2
-from stage2_diffusion import contest
-from stage2_diffusion.contest import Budget, StepCost, step_cost, within
+from stage2_diffusion.baselines import contest
+from stage2_diffusion.baselines.contest import Budget, StepCost, step_cost, within
 from stage2_diffusion.generator import build_denoiser
 from tests.blobs import blobs
 

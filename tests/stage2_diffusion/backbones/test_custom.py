@@ -11,7 +11,7 @@ from shared.config import load_config, to_yaml
 from shared.errors import UserError
 from shared.registry import build
 from shared.schema import Custom, Stage2
-from stage2_diffusion import custom
+from stage2_diffusion.backbones import custom
 
 CODE = """
 from pathlib import Path

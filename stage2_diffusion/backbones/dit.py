@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from shared.errors import UserError
-from stage2_diffusion.unet import Embedding, zeroed
+from stage2_diffusion.backbones.layers import Embedding, zeroed
 
 
 class Attention(nn.Module):

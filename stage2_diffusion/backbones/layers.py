@@ -1,0 +1,69 @@
+"""What backbones share: the embedding of time and condition, attention, and layers that start as nothing."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.errors import UserError
+
+
+class Waves(nn.Module):
+    """Time (N,) in [0, 1] as sines and cosines (N, 2 count): Vaswani et al. 2017, §3.5, with t as 1,000 ticks."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", 1000 ** torch.linspace(0, 1, count), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t.float()[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+class Embedding(nn.Module):
+    """Time (N,) in [0, 1] and condition (N, cond_dim), or None where cond_dim is 0, as one vector (N, width)."""
+
+    def __init__(self, width: int, cond_dim: int = 0, frequencies: int = 64):
+        super().__init__()
+        self.waves = Waves(frequencies)
+        self.time = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.cond = nn.Sequential(nn.Linear(cond_dim, width), nn.SiLU(), nn.Linear(width, width)) if cond_dim else None
+
+    def parts(self, t: Tensor, cond: Tensor | None) -> list[Tensor]:
+        """One vector (N, width) for the time and, where there is one, one for the condition."""
+        return [self.time(self.waves(t)), *([] if self.cond is None else [self.cond(cond)])]
+
+    def forward(self, t: Tensor, cond: Tensor | None) -> Tensor:
+        time, *rest = self.parts(t, cond)
+        return time + rest[0] if rest else time
+
+
+def attend(qkv: Tensor) -> Tensor:
+    """Queries, keys and values (N, T, 3, heads, d) -> what each token attends to, (N, T, heads d)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def require_heads(backbone: str, channels: int, heads: int) -> None:
+    if channels % heads:
+        raise UserError(f"{backbone}: a level of {channels} channels does not divide by heads = {heads}; change either")
+
+
+def require_levels(backbone: str, attention: Sequence[int], levels: int) -> None:
+    if wrong := [level for level in attention if not 0 <= level < levels]:
+        raise UserError(f"{backbone}: attention at level {wrong[0]}, but multipliers has levels 0 to {levels - 1}")
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+def zeroed(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+    """A last layer that starts at zero, so that a block starts as the identity and the network as nothing."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
