@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from shared.cli import Parser, at_least, positive
+from shared.config import CONFIGS
 from shared.data.cache import LensImages
 from shared.data.export import stored_rows
 from shared.data.normalise import PixelTransform
@@ -82,8 +83,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def configs_in(run: str) -> list[Path]:
-    """The configs that RUN stands for; none if it is a model or scores."""
-    path = Path(run)
+    """The configs that RUN stands for, its own or those that came with the installation; none if it is a model or scores."""
+    shipped = (folder / run for folder in (CONFIGS, CONFIGS.parent) if not Path(run).exists())
+    path = next((folder for folder in shipped if folder.is_dir()), Path(run))
     if path.is_dir() and not any((path / name).exists() for name in OF_SCORES):
         return sorted(path.glob("*.yaml"))
     return [path] if path.suffix in (".yaml", ".yml") else []

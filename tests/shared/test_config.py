@@ -25,6 +25,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "ablations": Ablation,
     "": Quickstart,
     "baselines": Stage2,
+    "variants": Stage2,
 }
 MINIMAL = "name: run\nautoencoder: pixels\ndata: {path: data/x}\n"
 
@@ -582,7 +583,7 @@ def test_the_references_say_what_the_defaults_say():
     assert (unet.diffusion, unet.sampling, unet.ema) == (plain.diffusion, plain.sampling, plain.ema)
 
 
-@pytest.mark.parametrize("file", [file for file in SHIPPED if file.startswith("baselines/")])
+@pytest.mark.parametrize("file", [file for file in SHIPPED if file.startswith(("baselines/", "variants/"))])
 def test_a_baseline_is_a_base_and_at_most_ten_lines(file):
     text = (CONFIGS / file).read_text()
     tree = yaml.safe_load(text)

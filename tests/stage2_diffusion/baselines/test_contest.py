@@ -16,6 +16,7 @@ from shared.errors import UserError
 from shared.flops import count
 from shared.schema import Adversarial, Stage2
 from stage2_diffusion.baselines import contest
+from stage2_diffusion.baselines.compare import configs_in
 from stage2_diffusion.baselines.contest import Budget, StepCost, step_cost, within
 from stage2_diffusion.generator import build_denoiser
 from tests.blobs import blobs
@@ -60,6 +61,18 @@ def test_a_budget_is_so_many_steps(text: str, steps: int) -> None:
 def test_what_is_no_budget_is_told(text: str) -> None:
     with pytest.raises(UserError, match="such as 10min"):
         Budget.of(text)
+
+
+def test_configs_that_come_with_the_installation_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "pixel-ddpm-150" in [path.stem for path in configs_in("baselines")]
+    assert configs_in("configs/baselines") == configs_in("baselines")
+    assert configs_in("nowhere") == []
+    Path("baselines").mkdir()
+    Path("baselines/mine.yaml").write_text(UNET.format(name="mine"))
+    assert [path.stem for path in configs_in("baselines")] == ["mine"]
 
 
 def config_of(path: str, **more: Any) -> Any:
