@@ -118,7 +118,9 @@ def _spread(found: Mapping[str, Mapping[str, Any]]) -> Line:
 
 def _quantities(scores: Mapping[str, Mapping[str, Any]], spectrum: Mapping[str, Any]) -> Line:
     found, agree = off(scores), agreeing(spectrum)
-    smooth, text = agree >= 1 - SMOOTH, f"the power spectrum agrees at {agree:.0%} of its frequencies"
+    most = max((abs(ratio - 1) for ratio in spectrum["mean"] if ratio is not None), default=0.0)
+    smooth = agree >= 1 - SMOOTH
+    text = f"the power spectrum agrees at {agree:.0%} of its frequencies and is {most:.0%} off at most"
     if not found:
         fine = f"all {len(scores)} quantities measured on each image are distributed as in real images"
         return smooth, f"{fine}; {text}" if smooth else f"{text} alone; {fine}"
