@@ -13,14 +13,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.cli import Parser
 from shared.config import load_config, to_dict
-from shared.errors import UserError
-from shared.explain import describe, hint
+from shared.errors import UserError, hint
+from shared.explain import describe
 from shared.files import make_folder, markdown, write_atomically
 from shared.quickstart import clock, script
 from shared.schema import Ablation, Stage1, Stage2
@@ -67,7 +66,7 @@ def chosen(ablation: Ablation, only: Sequence[str] | None) -> list[str]:
     known = list(ablation.overrides())
     for name in only or ():
         if name not in known:
-            raise UserError(f"--only {name}: no such cell{hint(get_close_matches(name, known, n=1), known)}")
+            raise UserError(f"--only {name}: no such cell{hint(name, known)}")
     return [name for name in known if not only or name in only]
 
 

@@ -155,7 +155,8 @@ class Pixels(Autoencoder):
 
 
 def resized(images: Tensor, sides: Sequence[int]) -> Tensor:
-    """Images (N, C, H, W) of other sides: each pixel the mean of those that it covers, as PIL and torchvision have it."""
+    """Images (N, C, H, W) of other sides, bilinear with antialiasing as PIL and torchvision have it; as they are, if those are
+    the sides they have."""
     if list(images.shape[-2:]) == list(sides):
         return images
     return F.interpolate(images, list(sides), mode="bilinear", antialias=True)

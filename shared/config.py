@@ -20,8 +20,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from shared.cli import Parser
-from shared.errors import UserError
-from shared.explain import COMMAND_LINE, OPTIONS, Layer, describe, explain, hint, shown
+from shared.errors import UserError, hint
+from shared.explain import COMMAND_LINE, OPTIONS, Layer, describe, explain, shown
 
 Config = TypeVar("Config", bound=BaseModel)
 Tree = dict[str, Any]
@@ -87,7 +87,7 @@ def parse_arguments(
     options = parser.parse_args(ours)
     files = options.config or ([default_config] if default_config else [])
     if not files:
-        raise UserError(f"no --config FILE given{hint([], _known_configs())}")
+        raise UserError(f"no --config FILE given{hint('', _known_configs())}")
     config = load_config(schema, files, overrides)
     if options.print_config:
         print(to_yaml(config), end="")
@@ -107,10 +107,8 @@ def find_config(path_or_name: Path | str, beside: Path | None = None) -> Path:
                 return path
     known = _known_configs()
     stems = difflib.get_close_matches(given.stem, [Path(name).stem for name in known], n=1, cutoff=0.85)
-    near = difflib.get_close_matches(given.as_posix(), known, n=1) or [
-        name for name in known if Path(name).stem in stems
-    ]
-    raise UserError(f"no config file {given}{hint(near, known)}")
+    elsewhere = (name for name in known if Path(name).stem in stems)
+    raise UserError(f"no config file {given}{hint(given.as_posix(), known, elsewhere)}")
 
 
 def to_dict(config: BaseModel) -> Tree:

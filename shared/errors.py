@@ -11,7 +11,16 @@ class UserError(Exception):
     """
 
 
-def meant(name: str, known: Iterable[str]) -> str:
-    """What a message says of a name that is not known, if one is that is nearly the same; else nothing."""
-    near = get_close_matches(name, known, n=1)
+def meant(name: object, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
+    """What a message says of a name that is not known, if one is that is nearly the same; else nothing.
+
+    elsewhere   what it may have been instead, best first, if none is
+    """
+    near = [*get_close_matches(str(name), list(known), n=1), *elsewhere]
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def hint(name: object, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
+    """The same, and all that is known."""
+    known = list(known)
+    return f"{meant(name, known, elsewhere)} (known: {', '.join(known)})"

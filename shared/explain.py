@@ -1,15 +1,16 @@
 """What a schema knows, put into words: the keys that `--help` lists, and what is wrong with a config that fails it."""
 
-import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from inspect import isclass
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+
+from shared.errors import hint
 
 Layer = tuple[str, dict[str, Any]]  # where it comes from, as an error names it, and what it says
 COMMAND_LINE = "command line"
@@ -90,7 +91,7 @@ def explain(schema: type[BaseModel], layers: list[Layer], error: ValidationError
             what = _unknown_key(schema, block, path, label)
         elif kind == "union_tag_not_found":
             names = [member.model_fields["name"].default for member in _blocks(block.model_fields[path[-2]])]
-            what = f"is missing: it says which part this block configures{hint([], names)}"
+            what = f"is missing: it says which part this block configures{hint('', names)}"
         else:
             what = _wrong_value(items)
         yield ": ".join(filter(None, (label, ".".join(path), what)))
@@ -113,10 +114,9 @@ def _unknown_key(schema: type[BaseModel], block: type[BaseModel], path: tuple[st
     known = list(block.model_fields)
     if label == COMMAND_LINE and len(path) == 1:
         known += OPTIONS
-    near = difflib.get_close_matches(path[-1], known, n=1)
     # A right word in a wrong place. The same place is another part's, whose name was changed away.
-    near = near or [key for key, _, _ in describe(schema) if key.split(".")[-1] == path[-1] and key != ".".join(path)]
-    return f"unknown key{hint(near, known)}"
+    elsewhere = (key for key, _, _ in describe(schema) if key.split(".")[-1] == path[-1] and key != ".".join(path))
+    return f"unknown key{hint(path[-1], known, elsewhere)}"
 
 
 def _wrong_value(items: list[ErrorDetails]) -> str:
@@ -128,15 +128,10 @@ def _wrong_value(items: list[ErrorDetails]) -> str:
     choices = re.findall(r"'([^']*)'", context.get("expected_tags", context.get("expected", "")))
     if choices and len(items) == 1:
         value = context.get("tag", value)
-        return f"{shown(value)} is not known{hint(difflib.get_close_matches(str(value), choices, n=1), choices)}"
+        return f"{shown(value)} is not known{hint(value, choices)}"
     wanted = [WORDS.get(item["type"], item["msg"].removeprefix("Input should be ")) for item in items]
     expected = " or ".join(wanted).replace("greater than or equal to", "at least")
     return f"must be {expected}, not {shown(value)}"
-
-
-def hint(near: Sequence[str], known: Sequence[str]) -> str:
-    meant = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{meant} (known: {', '.join(known)})"
 
 
 def shown(value: Any) -> str:

@@ -5,14 +5,12 @@ backbone `custom`, which has a dotted path, imports only what the user has said 
 built and not before, so `shared` needs neither stage.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from shared.errors import UserError
-from shared.explain import hint
+from shared.errors import UserError, hint
 
 PARTS: dict[str, dict[str, str]] = {
     "autoencoder": {
@@ -59,8 +57,7 @@ def names(kind: str) -> list[str]:
 def resolve(kind: str, name: str) -> Callable[..., Any]:
     """The class or function behind a name. UserError for a name that is not in the table; it lists those that are."""
     if name not in PARTS[kind]:
-        near = difflib.get_close_matches(str(name), names(kind), n=1)
-        raise UserError(f"unknown {kind} {name!r}{hint(near, names(kind))}")
+        raise UserError(f"unknown {kind} {name!r}{hint(name, names(kind))}")
     module, _, attribute = PARTS[kind][name].partition(":")
     return getattr(import_module(module), attribute)
 

@@ -4,7 +4,6 @@ A condition is a vector of entries side by side. NaN stands for what is not know
 of a condition may be left out. A value is a number, an angle of an axis in degrees, or the name of a class.
 """
 
-import difflib
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from shared.data.cache import LensImages
 from shared.data.symmetries import AXIS, Turns, apply_to_parameters, how_they_turn
-from shared.errors import UserError
-from shared.explain import hint
+from shared.errors import UserError, hint
 from shared.files import read_csv
 
 CLASS = "class"
@@ -64,8 +62,7 @@ class Entry:
         if value is None or value == "" or value != value:
             return -1
         if str(value) not in self.classes:
-            near = difflib.get_close_matches(str(value), self.classes, n=1)
-            raise UserError(f"the model knows no class {str(value)!r}{hint(near, list(self.classes))}")
+            raise UserError(f"the model knows no class {str(value)!r}{hint(value, self.classes)}")
         return self.classes.index(str(value))
 
     def outside(self, values: np.ndarray) -> bool:
@@ -148,8 +145,7 @@ class Conditions:
         known, rules = _parameters(images), how_they_turn(images)
         for name in spec["parameters"]:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise UserError(f"condition.parameters: {images.path} knows no {name!r}{hint(near, list(known))}")
+                raise UserError(f"condition.parameters: {images.path} knows no {name!r}{hint(name, known)}")
             # As training turns them: with labels, an angle takes values far from those that samples are asked for.
             turned = [apply_to_parameters(_at(known, indices), element, rules)[name] for element in turns.elements]
             axis, own = rules.get(name, ("",))[0] == AXIS, known[name][indices]
@@ -206,8 +202,7 @@ class Conditions:
             raise UserError(
                 f"the model cannot be asked for {name}: it was trained without conditions (condition.parameters)"
             )
-        near = difflib.get_close_matches(name, self.names, n=1)
-        raise UserError(f"the model cannot be asked for {name!r}{hint(near, self.names)}")
+        raise UserError(f"the model cannot be asked for {name!r}{hint(name, self.names)}")
 
     def parse(self, name: str, text: str, seeds: Sequence[int]) -> np.ndarray:
         """What a user has written for an entry -> a value for each seed: a number, LOW:HIGH or a class.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,14 +11,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shared.autoencoder import Autoencoder
+from shared.config import load_config, merge, to_dict
 from shared.precision import autocast
 from shared.report import save_grid
+from shared.schema import Adversarial, Stage2
 from shared.training import PowerEMA, StageModule, step_key
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.generator import Generator
 from stage2_diffusion.watch import Distance, Memorisation, gap_z
 
+AnyConfig = TypeVar("AnyConfig", bound=Stage2 | Adversarial)
+NEVER = 10**9
 LEVELS = 8  # noise levels at which the held-out loss is watched: overtraining shows first at the low ones
 
 
@@ -44,7 +48,9 @@ class Latents:
     def random(cls, shape: Sequence[int], conditions: Conditions, count: int) -> "Latents":
         """Noise of the shape of latents, asked for nothing: for whoever measures steps, and not what they learn."""
         latents, told = torch.randn(count, *shape), conditions.vector(count)
-        return cls(lambda i: latents[i] if told is None else (latents[i], told[i]), count, (1.0,), latents[:2])
+        return cls(
+            lambda i: latents[i] if told is None else (latents[i], told[i]), count, (1.0,), torch.randn(2, *shape)
+        )
 
 
 class SampledModule(StageModule):
@@ -172,3 +178,12 @@ class DiffusionModule(SampledModule):
         }
         errors = dict(sorted(errors.items(), key=lambda item: item[1]))
         return candidates[next(iter(errors))], errors
+
+
+def steps_alone(config: AnyConfig, folder: str) -> AnyConfig:
+    """The config of a training without an end, of which only the steps are watched: nothing is measured, drawn, logged or
+    kept beside them."""
+    trainer: dict[str, Any] = dict.fromkeys(("max_steps", "validate_every", "checkpoint_every"), NEVER)
+    trainer |= {"score_every": 0, "watched": 2, "progress": False}
+    changes = {"output": folder, "trainer": trainer, "logger": {"wandb": "disabled"}}
+    return load_config(type(config), [], merge(to_dict(config), changes))

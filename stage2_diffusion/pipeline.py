@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from shared.autoencoder import Autoencoder
 from shared.checkpoint import fingerprint, load_autoencoder, publish
-from shared.config import load_config, merge, to_dict
+from shared.config import to_dict
 from shared.data.cache import LensImages
 from shared.data.symmetries import Turns, apply, apply_each, turns
 from shared.errors import UserError
@@ -31,8 +31,6 @@ from stage2_diffusion.grids import tune
 from stage2_diffusion.module import DiffusionModule, Latents
 from stage2_diffusion.watch import Distance
 
-AnyConfig = TypeVar("AnyConfig", bound=Stage2 | Adversarial)
-NEVER = 10**9
 FEW = 256  # images that need no progress bar
 
 
@@ -100,15 +98,6 @@ def module_of(
         return DiffusionModule(config, network, data, autoencoder, precision, conditions, known, distance)
     synthesis = build("gan", blocks["gan"], latent_shape=autoencoder.latent_shape)
     return GANModule(config, synthesis, data, autoencoder, precision, distance)
-
-
-def steps_alone(config: AnyConfig, folder: str) -> AnyConfig:
-    """The config of a training without an end, of which only the steps are watched: nothing is measured, drawn, logged or
-    kept beside them, and nothing compiled."""
-    trainer: dict[str, Any] = dict.fromkeys(("max_steps", "validate_every", "checkpoint_every"), NEVER)
-    trainer |= {"score_every": 0, "watched": 2, "progress": False, "compile": False}
-    changes = {"output": folder, "trainer": trainer, "logger": {"wandb": "disabled"}}
-    return load_config(type(config), [], merge(to_dict(config), changes))
 
 
 def turned_latents(

@@ -5,7 +5,6 @@ lone file of images needs neither, and has its rows in order. Every other column
 column is; `class` is each image's class. Units are read from a header such as `theta_E [arcsec]`, or from FITS and ECSV.
 """
 
-import difflib
 import math
 import re
 import warnings
@@ -16,8 +15,7 @@ from typing import Any
 
 from shared.data.sources import natural_key, reason_of
 from shared.data.symmetries import AXIS, KINDS, PLACE, RULES, SCALAR, SHEAR, Rule
-from shared.errors import UserError
-from shared.explain import hint
+from shared.errors import UserError, hint
 from shared.files import read_csv, sha256
 from shared.simulate.preset import UNITS
 
@@ -217,8 +215,7 @@ class ParameterTable:
             rule = (kind, *each) if kind in (PLACE, SHEAR) else (kind,)
             for name in each:
                 if name not in self._values:
-                    near = difflib.get_close_matches(name, self._values, n=1)
-                    raise UserError(f"--turns {text}: {self.path} has no numbers {name!r}{hint(near, self.names)}")
+                    raise UserError(f"--turns {text}: {self.path} has no numbers {name!r}{hint(name, self.names)}")
                 if RULES.get(name, rule) != rule:
                     raise UserError(
                         f"--turns {text}: {name} is a {RULES[name][0]} of the simulator's: rename yours if it is not"

@@ -19,7 +19,7 @@ from shared.evaluation import lenses, protocols, scores
 from shared.evaluation.measure import ImageSet, Measured, of_data
 from shared.evaluation.protocols import Protocol
 from shared.evaluation.reference import halves
-from shared.evaluation.verdict import OPTIONAL
+from shared.evaluation.verdict import SKIPPABLE
 from shared.metrics import fid, memorisation
 from shared.metrics.lens_fit import LensFits, LensFitter
 from shared.simulate.again import preset_of
@@ -46,7 +46,7 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
         help=f"fit lens models to N images of each set, some 0.2 s each (default: {FITTED} where the preset is known)",
     )  # fmt: skip
     parser.add_argument("--preset", help="of those lens models (default: that of the simulation)")
-    parser.add_argument("--skip", nargs="+", default=[], choices=OPTIONAL, help="leave out what takes long")
+    parser.add_argument("--skip", nargs="+", default=[], choices=SKIPPABLE, help="leave out what takes long")
 
 
 @dataclass

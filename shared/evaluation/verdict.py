@@ -12,7 +12,7 @@ LEVEL = 0.01  # how often a metric may find fault with real images
 FAR = 2.0  # times the distance between real sets: what is said to be off, if it is no accident
 SMOOTH = 0.2  # share of the frequencies whose 95 % interval may miss 1
 
-OPTIONAL = ("distributions", "two-sample", "memory", "use")  # what --skip leaves out
+SKIPPABLE = ("distributions", "two-sample", "memory", "use")  # what --skip may leave out
 Line = tuple[bool, str]
 Fits = Mapping[str, Any]
 
@@ -118,9 +118,10 @@ def _spread(found: Mapping[str, Mapping[str, Any]]) -> Line:
 
 def _quantities(scores: Mapping[str, Mapping[str, Any]], spectrum: Mapping[str, Any]) -> Line:
     found, agree = off(scores), agreeing(spectrum)
-    most = max((abs(ratio - 1) for ratio in spectrum["mean"] if ratio is not None), default=0.0)
-    smooth = agree >= 1 - SMOOTH
-    text = f"the power spectrum agrees at {agree:.0%} of its frequencies and is {most:.0%} off at most"
+    curve = zip(spectrum["mean"], spectrum["mean_low"], spectrum["mean_high"], strict=True)
+    most = max((abs(mean - 1) for mean, low, high in curve if low is not None and not low <= 1 <= high), default=0.0)
+    others = f", at the others it is up to {most:.0%} off" if most else ""
+    smooth, text = agree >= 1 - SMOOTH, f"the power spectrum agrees at {agree:.0%} of its frequencies{others}"
     if not found:
         fine = f"all {len(scores)} quantities measured on each image are distributed as in real images"
         return smooth, f"{fine}; {text}" if smooth else f"{text} alone; {fine}"

@@ -7,14 +7,12 @@ Image i of a seed depends on (seed, i) alone, whatever the batch, the chunks, th
 """
 
 import argparse
-import difflib
 from pathlib import Path
 from typing import Any
 
 from shared.cli import Parser, at_least, part, positive
 from shared.config import parse_overrides
-from shared.errors import UserError
-from shared.explain import hint
+from shared.errors import UserError, hint
 from shared.simulate.preset import Preset, Priors, presets
 
 
@@ -101,8 +99,7 @@ def _overrides(priors: list[str], numbers: list[str]) -> dict[str, Any]:
         if "=" not in text:
             raise UserError(f'--prior {text}: expected NAME=LAW, e.g. --prior "theta_E=uniform(0.8, 2)"')
         if name not in Priors.model_fields:
-            near = difflib.get_close_matches(name, Priors.model_fields, n=1)
-            raise UserError(f"--prior {text}: no prior {name!r}{hint(near, list(Priors.model_fields))}")
+            raise UserError(f"--prior {text}: no prior {name!r}{hint(name, Priors.model_fields)}")
     for text in numbers:
         if "=" not in text:
             raise UserError(f"--set {text}: expected KEY=VALUE, e.g. --set noise=none")

@@ -3,7 +3,6 @@
 Imports no torch, so that a mistake in a preset is reported before anyone has waited for it.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from scipy import special
 
 from shared.config import CONFIGS, load_config, merge
-from shared.errors import UserError, meant
-from shared.explain import hint
+from shared.errors import UserError, hint, meant
 
 # What a drawn lens may have, in the order of the index. theta_E and mass are those of the main halo and of the prior:
 # where the preset counts substructure into the mass, theta_E is what is left. shared/simulate/lens.py says what each
@@ -304,8 +302,7 @@ class Preset(Priors):
         if names and not self.classes:
             raise UserError(f"preset {self.name} has no classes: leave out --class")
         if unknown := [name for name in names if name not in self.classes]:
-            near = difflib.get_close_matches(unknown[0], self.classes, n=1)
-            raise UserError(f"preset {self.name} has no class {unknown[0]!r}{hint(near, list(self.classes))}")
+            raise UserError(f"preset {self.name} has no class {unknown[0]!r}{hint(unknown[0], self.classes)}")
         return self.model_copy(update={"classes": {k: v for k, v in self.classes.items() if k in names or not names}})
 
     def request(self) -> dict[str, Any]:
@@ -337,8 +334,7 @@ class Preset(Priors):
         known = presets()
         path = known.get(str(name), Path(name))
         if not path.is_file():
-            near = difflib.get_close_matches(str(name), known, n=1)
-            raise UserError(f"no preset and no file {str(name)!r}{hint(near, list(known))}")
+            raise UserError(f"no preset and no file {str(name)!r}{hint(name, known)}")
         preset = load_config(cls, [path], {"name": path.stem})
         if not overrides:
             return preset

@@ -11,7 +11,6 @@ by naming it in the config of a training, or by `trust` before a model is loaded
 count.
 """
 
-import difflib
 import inspect
 import traceback
 from collections.abc import Iterator, Mapping
@@ -24,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.errors import UserError
-from shared.explain import hint
+from shared.errors import UserError, hint
 
 TRUSTED: set[str] = set()  # packages, modules and classes, in this process
 
@@ -58,8 +56,7 @@ def custom(
         found = import_module(module)
     if not inspect.isclass(kind := getattr(found, name, None)) or not issubclass(kind, nn.Module):
         known = [key for key, value in vars(found).items() if inspect.isclass(value) and issubclass(value, nn.Module)]
-        near = difflib.get_close_matches(name, known, n=1)
-        raise UserError(f"backbone {class_path}: {module} has no torch.nn.Module {name}{hint(near, known)}")
+        raise UserError(f"backbone {class_path}: {module} has no torch.nn.Module {name}{hint(name, known)}")
     arguments = {"latent_shape": latent_shape, "cond_dim": cond_dim, **options}
     try:
         inspect.signature(kind).bind(**arguments)

@@ -9,7 +9,7 @@ the same reference, the same number of images and the same networks, or nothing 
 With --reference, models are scored first, and RUN may be a config of stage 2, or a folder of them: each is trained in OUT for
 the same time (--budget 10min) or the same operations (--budget 30TFLOP), then draws COUNT lenses that are scored. Then
 OUT-lenses.png has some of each, below real ones. One system at a time; the same command goes on where it stopped.
-Any key of the configs may be given, for all: --seed 1.
+Any key of the configs may be given, for all: --seed 1. Folders that come with the installation: baselines, variants.
 """
 
 import argparse
@@ -21,18 +21,13 @@ from torch import Tensor
 
 from shared.cli import Parser, at_least, positive
 from shared.config import CONFIGS
-from shared.data.cache import LensImages
 from shared.data.export import stored_rows
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.evaluation.comparison import read, require_comparable, short_names, write
-from shared.evaluation.lenses import lens_fitter
-from shared.evaluation.reference import check_count, halves
-from shared.evaluation.verdict import OPTIONAL
+from shared.evaluation.verdict import SKIPPABLE
 from shared.files import make_folder
 from shared.report import rows, save_picture
-from shared.simulate.again import preset_of
-from stage2_diffusion.baselines.contest import Budget, score, systems, trained
 
 COUNT, FITS, SHOWN = 500, 60, 8
 OF_SCORES = ("metrics.json", "evaluation", "model", "config.json", "last.ckpt")  # what a folder of configs has none of
@@ -59,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--fit", type=at_least(0), help=f"lens fits of each (default: {FITS} where the preset is known)"
     )
-    parser.add_argument("--skip", nargs="+", choices=OPTIONAL, help="of the scores")
+    parser.add_argument("--skip", nargs="+", choices=SKIPPABLE, help="of the scores")
     a, overrides = parser.parse_known_args(argv)
     make_folder(a.out.parent)
     if a.reference is not None:
@@ -83,12 +78,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def configs_in(run: str) -> list[Path]:
-    """The configs that RUN stands for, its own or those that came with the installation; none if it is a model or scores."""
-    shipped = (folder / run for folder in (CONFIGS, CONFIGS.parent) if not Path(run).exists())
-    path = next((folder for folder in shipped if folder.is_dir()), Path(run))
-    if path.is_dir() and not any((path / name).exists() for name in OF_SCORES):
-        return sorted(path.glob("*.yaml"))
-    return [path] if path.suffix in (".yaml", ".yml") else []
+    """The configs that RUN stands for, one or all of a folder, which may be one that came with the installation; none if it is
+    a model or scores."""
+    path = Path(run)
+    if path.suffix in (".yaml", ".yml"):
+        return [path]
+    if any((folder / name).exists() for folder in (path, "checkpoints" / path) for name in OF_SCORES):
+        return []
+    found = (sorted(folder.glob("*.yaml")) for folder in (path, CONFIGS / path, CONFIGS.parent / path))
+    return next(filter(None, found), [])
 
 
 def trained_and_scored(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -101,6 +99,10 @@ def trained_and_scored(options: argparse.Namespace, overrides: Sequence[str]) ->
         raise UserError("configs are trained for the same time each: say for which, --budget 10min")
     if a.budget is not None and not configs:
         raise UserError("--budget is for configs that are to be trained, and there are none")
+
+    # here and below, for they take many seconds: not for a table or a mistake
+    from stage2_diffusion.baselines.contest import Budget, score, systems, trained
+
     budget = Budget.of(a.budget) if configs else None
     count = a.count or COUNT
     real, transform, fits = _reference(a.reference, count, a.fit)
@@ -124,6 +126,11 @@ def trained_and_scored(options: argparse.Namespace, overrides: Sequence[str]) ->
 def _reference(path: str, count: int, fits: int | None) -> tuple[Tensor, PixelTransform, int]:
     """Some test images, how their values are to be shown, and how many lens fits there are to be. UserError if there are too
     few images for the scores."""
+    from shared.data.cache import LensImages
+    from shared.evaluation.lenses import lens_fitter
+    from shared.evaluation.reference import check_count, halves
+    from shared.simulate.again import preset_of
+
     images = LensImages(path)
     check_count(images, path, count)
     if fits is None:

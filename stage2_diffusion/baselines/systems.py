@@ -115,7 +115,7 @@ def evaluation(generator: Generator) -> float:
 class Ours(System):
     """This project: a published model as `Generator.images` draws from it, its network as `shared.training.fit` trains it."""
 
-    libraries = ("shared.training", "stage2_diffusion.pipeline")  # both load much that no sampling needs
+    libraries = ("shared.training", "stage2_diffusion.module")  # both load much that no sampling needs
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -137,7 +137,7 @@ class Ours(System):
 
     def config(self) -> Stage2:
         """That of the model's own training, for its steps alone."""
-        from stage2_diffusion.pipeline import steps_alone
+        from stage2_diffusion.module import steps_alone
 
         trainer = {"precision": self.plan.precision, "accelerator": "cpu" if self.device.type == "cpu" else "gpu"}
         changes = {"name": "benchmark", "data": {"batch_size": self.batch}, "trainer": trainer}

@@ -112,7 +112,7 @@ def test_a_short_run_warms_up_and_is_saved_within_itself(home: Path) -> None:
 
 
 def test_a_plan_survives_other_plans(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A time budget is so many steps by a clock that never shows the same twice: what was planned once stays."""
+    """A time budget is so many steps by a clock that never shows the same twice: what was measured once stays."""
     costs = iter([StepCost(0.5, 1.0), StepCost(0.4, 1.0), StepCost(0.3, 1.0)])
     monkeypatch.setattr(contest, "step_cost", lambda config: next(costs))
     config = config_of("systems/one.yaml")
@@ -120,7 +120,25 @@ def test_a_plan_survives_other_plans(home: Path, monkeypatch: pytest.MonkeyPatch
     other = contest.Plans(Path("out/plan.json")).of(config, Budget.of("20min"))
     more = config_of("systems/one.yaml", trainer={"log_every": 3})
     again = contest.Plans(Path("out/plan.json")).of(more, Budget.of("10min"))
-    assert (first["steps"], other["steps"], again["steps"]) == (1200, 3000, 1200)
+    assert (first["steps"], other["steps"], again["steps"]) == (1200, 2400, 1200)
+
+
+def test_configs_of_one_cost_are_measured_once_and_get_as_many_steps(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = iter((StepCost(2.0, 5.0), StepCost(4.0, 5.0), StepCost(8.0, 5.0)))  # ever slower, on a busy machine
+    monkeypatch.setattr(contest, "step_cost", lambda config: next(costs))
+    plans = contest.Plans(Path("out/plan.json"))
+
+    def steps(**more: Any) -> int:
+        return plans.of(config_of("systems/one.yaml", **more), Budget.of("10min"))["steps"]
+
+    assert steps() == 300
+    assert (
+        steps(name="x0", seed=3, diffusion={"prediction": "x0"}, optimizer={"lr": 1e-2}, sampling={"steps": 9}) == 300
+    )
+    assert steps(name="wide", backbone={"width": 16}) == 150
+    assert steps(name="similar", diffusion={"ssim": 0.1}) == 75
 
 
 @pytest.mark.slow
@@ -187,6 +205,7 @@ ASKED = ["--reference", "data/blobs", "--count", "30", "--fit", "0"]
         (["systems", *ASKED, "--budget", "1s", "--backbne.width", "4"], "backbne: unknown key"),
         (["systems", "systems/one.yaml", *ASKED, "--budget", "1s"], "two of them are called one"),
         (["none.yaml", *ASKED, "--budget", "1s"], "none.yaml"),
+        (["systems", *ASKED, "--budget", "1s", "--data.batch_size", "5000"], "fewer than a batch of 5000"),
         (["none", *ASKED], "no model at none"),
     ],
 )
