@@ -84,6 +84,10 @@ class Autoencoder(nn.Module):
         # A channel the encoder leaves constant carries nothing; unit scale keeps it finite.
         self.latent_std.copy_(torch.where(std > 1e-6, std, 1.0)[:, None, None])
 
+    def bounds(self) -> tuple[Tensor, Tensor] | None:
+        """The least and the largest value (c, 1, 1) that a latent can have, if there are such."""
+        return None
+
     def require_latents(self) -> "Autoencoder":
         """Return self, or say that the latent statistics were never fitted."""
         if not bool(torch.isfinite(self.latent_mean).all() and torch.isfinite(self.latent_std).all()):
@@ -124,7 +128,8 @@ class Pixels(Autoencoder):
            for a lens in the centre is sky with its noise
     UserError for a crop that cannot be in the centre, or has too little to mirror
 
-    Its statistics make the pixels zero-mean and of unit variance; its decoder clips to the data's range once, at the end.
+    Its statistics make the pixels zero-mean and of unit variance; its decoder clips to the data's range, and so does
+    sampling at every step (`bounds`).
     """
 
     def __init__(
@@ -148,6 +153,9 @@ class Pixels(Autoencoder):
     def to_raw(self, scaled: Tensor) -> Tensor:
         (top, left), (height, width) = self.margins, self.inner
         return resized(scaled[..., top : top + height, left : left + width], self.small)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        return (-1.0 - self.latent_mean) / self.latent_std, (1.0 - self.latent_mean) / self.latent_std
 
     def from_raw(self, raw: Tensor) -> tuple[Tensor, None]:
         (top, left), inner = self.margins, resized(raw, self.inner).clamp(-1.0, 1.0)

@@ -183,6 +183,8 @@ class Generator:
                 nothing = self.condition(len(chunk))
                 assert nothing is not None
                 denoise = classifier_free(self._denoise, self.denoiser.schedule, told, nothing, weight, interval)
+            if (bounds := self.autoencoder.bounds()) is not None:
+                denoise = _clipped(denoise, *bounds)
             if seen is not None:
                 denoise = _watched(denoise, seen)
             with autocast(self.device, self.precision):
@@ -268,6 +270,12 @@ class Generator:
         with autocast(self.device, self.precision):
             latents = self.autoencoder.encode(images.to(self.device).contiguous(memory_format=torch.channels_last))
             return self.autoencoder.decode(latents, observed=observed, generator=generators).float().cpu()
+
+
+def _clipped(denoise: Denoise, low: Tensor, high: Tensor) -> Denoise:
+    """Estimates of x_0 within the range of the data (Ho et al. 2020's code; Saharia et al. 2022, §2.3: static thresholding). Pixels
+    hardly trained, predicting noise, need it: at t = 1 of DDPM's schedule an error of the noise is one of x_0 150 times as large."""
+    return lambda x_t, t: denoise(x_t, t).clamp(low, high)
 
 
 def _watched(denoise: Denoise, seen: Callable[[Tensor], object]) -> Denoise:
