@@ -273,8 +273,8 @@ class Generator:
 
 
 def _clipped(denoise: Denoise, low: Tensor, high: Tensor) -> Denoise:
-    """Estimates of x_0 within the range of the data (Ho et al. 2020's code; Saharia et al. 2022, §2.3: static thresholding). Pixels
-    hardly trained, predicting noise, need it: at t = 1 of DDPM's schedule an error of the noise is one of x_0 150 times as large."""
+    """Estimates of x_0 within the range of the data (Ho et al. 2020's code; Saharia et al. 2022, §2.3: static thresholding).
+    A network of pixels that predicts noise needs it: at t = 1 of DDPM's schedule its error is 150 times as large in x_0."""
     return lambda x_t, t: denoise(x_t, t).clamp(low, high)
 
 
