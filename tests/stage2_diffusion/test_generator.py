@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from shared.autoencoder import Pixels
 from shared.checkpoint import amend, autoencoder_config, publish, read_config
@@ -53,6 +54,29 @@ def published(tmp_path: Path) -> Path:
     state |= {f"denoiser.{k}": v for k, v in generator.denoiser.state_dict().items()}
     publish(tmp_path / "model", "diffusion", config, state, "")
     return tmp_path / "model"
+
+
+class Wild(nn.Module):
+    """A network that is far from right: what it says of the noise leaves x_0 anywhere."""
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        return 3 * torch.ones_like(x)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "ab2"])
+def test_estimates_of_pixels_keep_to_the_range_of_the_data_and_those_of_latents_have_none(sampler: str) -> None:
+    schedule = NoiseSchedule("linear")
+    autoencoder = pixels((1, 8, 8))
+    seen: list[Tensor] = []
+    generator = Generator(autoencoder, Denoiser(Wild(), schedule, "eps"), "fp32", {})
+    generator.images(range(4), sampler=sampler, steps=6, seen=seen.append)
+    scaled = torch.stack(seen) * autoencoder.latent_std + autoencoder.latent_mean
+    assert scaled.abs().max() == pytest.approx(1.0)  # and not 150 times as far
+    assert len(seen) == 6
+    autoencoder.bounds = lambda: None  # type: ignore[method-assign,assignment,return-value]
+    seen.clear()
+    generator.images(range(4), sampler=sampler, steps=6, seen=seen.append)
+    assert torch.stack(seen).abs().max() > 100
 
 
 @pytest.mark.parametrize(("prediction", "schedule"), ALLOWED)
