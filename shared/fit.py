@@ -18,7 +18,8 @@ from shared.data.cache import INDEX, LensImages
 from shared.data.formats import CONDITION
 from shared.data.sources import BrokenImage, Source
 from shared.errors import UserError
-from shared.evaluation.lenses import residuals
+from shared.evaluation.lenses import lens_share, residuals
+from shared.evaluation.tables import LIT
 from shared.files import write_atomically
 from shared.metrics.lens_fit import Coordinates, LensFits, LensFitter
 from shared.metrics.obedience import difference, spread
@@ -127,6 +128,7 @@ def table(fits: LensFits) -> str:
     for name, values in fits.parameters.items():
         columns |= {name: values, f"{name}_error": fits.errors[name]}
     columns |= {"converged": fits.converged.astype(int), "consistent": fits.consistent().astype(int)}
+    columns["consistent_lit"] = fits.consistent(lit=True).astype(int)
     stream = io.StringIO()
     writer = csv.writer(stream)
     writer.writerow(["image", *columns])
@@ -137,18 +139,20 @@ def table(fits: LensFits) -> str:
 
 def summary(fits: LensFits, preset: Preset, truth: dict[str, np.ndarray]) -> str:
     """A table for people: how good the fits are, and what lenses they found, against the priors and the truth."""
-    n, good = len(fits), fits.consistent()
-    interval = stats.binomtest(int(good.sum()), n).proportion_ci(method="wilson")
+    n, good, share = len(fits), fits.consistent(), lens_share(fits)
     lines = [f"{n} images, lens model of preset {preset.name}, free in {', '.join(fits.parameters)}"]
     for name, label in (("chi2", "chi2 / pixel"), ("chi2_lit", "  of lit pixels")):
         values = getattr(fits, name)
         low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
         near = np.mean(np.abs(values - 1) < 0.05)
         lines.append(f"{label:16} median {middle:.3f}, 90 % in {low:.3f} to {high:.3f}; within 0.05 of 1: {near:.1%}")
-    lines.append(
-        f"lenses at the noise level (chi2 below 1.2, above 1/1.2; 10 sigma): {good.sum()} of {n}, "
-        f"{good.mean():.1%} (95 %: {interval.low:.1%} to {interval.high:.1%})"
-    )
+    for of, label in (
+        ("", "lenses at the noise level (chi2 below 1.2, above 1/1.2; 10 sigma)"),
+        (LIT, "by lit pixels alone"),
+    ):
+        low, high = share[f"interval{of}"]
+        part = share[f"share{of}"]
+        lines.append(f"{label}: {round(n * part)} of {n}, {part:.1%} (95 %: {low:.1%} to {high:.1%})")
     if not good.any():
         unit = f"in {preset.pixel_unit}, " if preset.scaling == "none" else ""
         lines.append(

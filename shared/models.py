@@ -84,12 +84,14 @@ def scores_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What a table of models says of a metrics.json of `lens-ldm evaluate`: its distances of samples by their names (each
-    with n), lenses {share, interval, n}, and the cost of a lens (gflop, milliseconds, device, threads)."""
+    with n), lenses {share, interval, n; by lit pixels alone share_lit, interval_lit}, and the cost of a lens (gflop,
+    milliseconds, device, threads)."""
     keys = ("distance", "floor", "floor_sd", "excess", "n")
     found: dict[str, Any] = {
         metric: {key: scores["samples"][key] for key in keys} for metric, scores in metrics["distances"].items()
     }
     if fits := metrics.get("lens_fits"):
-        found["lenses"] = {key: fits["samples"][key] for key in ("share", "interval", "n")}
-        found["real_lenses"] = {key: fits["real"][key] for key in ("share", "n")}
+        kept = ("share", "interval", "share_lit", "interval_lit", "n")
+        for name, of in (("lenses", "samples"), ("real_lenses", "real")):
+            found[name] = {key: fits[of][key] for key in kept if key in fits[of]}
     return {**found, "reference": Path(metrics["reference"]).name, "cost": metrics.get("cost") or {}}

@@ -20,7 +20,7 @@ from torch import Tensor
 from shared.checkpoint import HALF, HUB, find_run, load, publish
 from shared.cli import Parser, above_zero
 from shared.errors import UserError
-from shared.evaluation.tables import share_of
+from shared.evaluation.tables import LIT, share_of
 from shared.evaluation.verdict import verdict
 from shared.files import markdown
 from shared.models import headline, latent_shape, network_name
@@ -190,8 +190,10 @@ def score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
             value = f"{s['distance']:.2f}, floor {s['floor']:.2f} ± {s['floor_sd']:.2f}, excess {s['excess']:+.2f}"
             rows.append([f"{metric} to unseen images of `{scores['reference']}`", f"{value} (n = {s['n']})"])
     if "lenses" in scores:
-        real = f"of real images {scores['real_lenses']['share']:.0%}"
-        rows.append(["lenses at the level of their noise", f"{share_of(scores['lenses'])}; {real}"])
+        for of, label in (("", "lenses at the level of their noise"), (LIT, "the same by the pixels they light alone")):
+            if f"share{of}" in scores["lenses"]:
+                real = f"of real images {scores['real_lenses'][f'share{of}']:.0%}"
+                rows.append([label, f"{share_of(scores['lenses'], of)}; {real}"])
     cost = scores["cost"]
     if cost.get("gflop"):
         rows.append(["GFLOP a lens", f"{cost['gflop']:.2f}"])

@@ -19,7 +19,8 @@ NAMED = 3  # quantities that a cell names, and not only counts
 ABOUT = """n = {n} samples of each, against {reference}. Excess: of the Fréchet distance of samples over that of other real \
 images, whose scatter is behind ±; its decoder alone: that of real images through its encoder and decoder. Quantities: \
 whose Wasserstein-1 distance is over {far:g} times that of real sets. Lenses: of {fits} samples, those that a lens model \
-fits at the level of their noise, with the 95 % interval. Told apart: by a classifier of samples and real images; 0.5 is \
+fits with a chi² per pixel within a factor of 1.2 of 1, with the 95 % interval; lit pixels: the same by the pixels that the \
+lens lights by 5 sigma of the sky, and the median. Told apart: by a classifier of samples and real images; 0.5 is \
 perfect. Copies: of training images among the samples. GFLOP and time of a lens: drawing and decoding it.
 """
 
@@ -86,7 +87,13 @@ def rows(found: Sequence[Metrics], names: Sequence[str]) -> list[list[str]]:
     trained = any(one.get("training") for one in found)
     header = ["model", *["trained for"] * trained]
     header += [*(f"{m}, excess ({f})" for m, f in zip(metrics, floor, strict=True)), "its decoder alone", "KID × 1000"]
-    header += [f"quantities over {FAR:g} × real", "lenses at the noise level", "chi² lit", "told apart, AUC", "copies"]
+    header += [
+        f"quantities over {FAR:g} × real",
+        "lenses at the noise level",
+        "lit pixels: lenses, chi²",
+        "told apart, AUC",
+        "copies",
+    ]
     table = [[*header, *COSTS.values()]]
     for name, one in zip(names, found, strict=True):
         cells = [_training(one)] * trained
@@ -102,7 +109,7 @@ def rows(found: Sequence[Metrics], names: Sequence[str]) -> list[list[str]]:
         far = [quantity.replace("_", " ") for quantity in off(physics)]
         cells.append(", ".join(far) if 0 < len(far) <= NAMED else f"{len(far)} of {len(physics)}")
         fits, told, cost = one.get("lens_fits"), one.get("two_sample"), one.get("cost") or {}
-        cells += [tables.share_of(fits["samples"]), f"{fits['samples']['chi2_lit']:.2f}"] if fits else ["–", "–"]
+        cells += [tables.share_of(fits["samples"]), _lit(fits["samples"])] if fits else ["–", "–"]
         interval = "({:.2f} to {:.2f})".format(*told["samples"]["auc_interval"]) if told else ""
         cells.append(f"{told['samples']['auc']:.2f} {interval}" if told else "–")
         memory = one.get("memory")
@@ -110,6 +117,12 @@ def rows(found: Sequence[Metrics], names: Sequence[str]) -> list[list[str]]:
         cells += [f"{cost[key]:.{2 if cost[key] < 100 else 0}f}" if cost.get(key) else "–" for key in COSTS]
         table.append([name, *cells])
     return table
+
+
+def _lit(fits: Metrics) -> str:
+    """Share of lenses and median chi², by the pixels that they light."""
+    share = f"{fits['share_lit']:.0%}, " if "share_lit" in fits else ""  # which older results do not have
+    return f"{share}{fits['chi2_lit']:.2f}"
 
 
 def _training(metrics: Metrics) -> str:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation.measure import ImageSet, Measure, measure, source
+from shared.evaluation.tables import LIT
 from shared.metrics import lens_fit, obedience, physics
 from shared.metrics.lens_fit import LensFits, LensFitter
 from shared.report import grid
@@ -55,13 +56,18 @@ def fit_images(images: ImageSet, fitter: LensFitter, what: str = "lens fits") ->
 
 
 def lens_share(fits: LensFits) -> dict[str, Any]:
-    """{n, share of lenses at the level of their noise, its 95 % interval (Wilson), median chi2 per pixel and per lit pixel}."""
-    good = int(fits.consistent().sum())
-    interval = stats.binomtest(good, len(fits)).proportion_ci(method="wilson")
-    return {
-        "n": len(fits), "share": good / len(fits), "interval": [float(interval.low), float(interval.high)],
-        "chi2": float(np.median(fits.chi2)), "chi2_lit": float(np.median(fits.chi2_lit)),
-    }  # fmt: skip
+    """{n, share of lenses at the level of their noise, its 95 % interval (Wilson), both by lit pixels alone, median chi2 per
+    pixel and per lit pixel}."""
+    found: dict[str, Any] = {
+        "n": len(fits),
+        "chi2": float(np.median(fits.chi2)),
+        "chi2_lit": float(np.median(fits.chi2_lit)),
+    }
+    for of in ("", LIT):
+        good = int(fits.consistent(lit=of == LIT).sum())
+        interval = stats.binomtest(good, len(fits)).proportion_ci(method="wilson")
+        found |= {f"share{of}": good / len(fits), f"interval{of}": [float(interval.low), float(interval.high)]}
+    return found
 
 
 def told_and_found(fits: LensFits, truth: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:

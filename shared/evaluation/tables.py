@@ -11,6 +11,7 @@ from shared.metrics.physics import spectrum_ratio
 from shared.report import colour_of, panels, rasterise
 
 FEW_PIXELS = 100  # in a bin of the noise curve, which is then left out
+LIT = "_lit"  # of a share of lenses: by the pixels that they light alone
 UNLIKELY = 0.01  # a p value below it is one of another distribution
 
 
@@ -141,6 +142,7 @@ def fit_rows(fits: dict[str, Any] | None) -> list[list[str]]:
     rows = [
         ["lens fits", *fits],
         ["lenses at the noise level", *(share_of(one) for one in fits.values())],
+        ["by lit pixels alone", *(share_of(one, LIT) for one in fits.values())],
         ["chi² of lit pixels, median", *(f"{one['chi2_lit']:.2f}" for one in fits.values())],
     ]
     for name in dict.fromkeys(name for one in fits.values() for name in one["parameters"]):
@@ -160,10 +162,10 @@ def obeyed(s: dict[str, Any] | None) -> str:
     return f"{s['bias']:.3f} ± {s['scatter']:.3f}, {r2}"
 
 
-def share_of(fits: Mapping[str, Any]) -> str:
-    """A share of lenses with its interval."""
-    low, high = fits["interval"]
-    return f"{fits['share']:.0%} of {fits['n']} ({low:.0%} to {high:.0%})"
+def share_of(fits: Mapping[str, Any], of: str = "") -> str:
+    """A share of lenses with its interval; of LIT: by the pixels that they light alone."""
+    low, high = fits[f"interval{of}"]
+    return f"{fits[f'share{of}']:.0%} of {fits['n']} ({low:.0%} to {high:.0%})"
 
 
 def told_apart_rows(two_sample: dict[str, Any]) -> list[list[str]]:

@@ -73,11 +73,12 @@ def least_seen(score: Mapping[str, Any], step: float = 0.0, both: bool = True) -
     return float(reach * max(score["floor_sd"], step))
 
 
-def fewer(fits: Fits, real: Fits) -> bool:
+def fewer(fits: Fits, real: Fits, of: str = "") -> bool:
     """Whether the share of lenses is below that of real images: the 95 % interval of the difference lies below 0 (Newcombe 1998,
     Stat. Med. 17, 873, method 10)."""
-    above, below = fits["interval"][1] - fits["share"], real["share"] - real["interval"][0]
-    return bool(fits["share"] - real["share"] + math.hypot(above, below) < 0)
+    share, its, interval = f"share{of}", real[f"share{of}"], f"interval{of}"
+    above, below = fits[interval][1] - fits[share], its - real[interval][0]
+    return bool(fits[share] - its + math.hypot(above, below) < 0)
 
 
 def off(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -132,6 +133,8 @@ def _quantities(scores: Mapping[str, Mapping[str, Any]], spectrum: Mapping[str, 
 
 def _lenses(fits: Fits, real: Fits, population: Mapping[str, Mapping[str, Any]]) -> Line:
     text = f"lenses at the level of their noise: {tables.share_of(fits)}, of real images {tables.share_of(real)}"
+    if lit := "share_lit" in fits:  # which older results do not have
+        text += f"; by the pixels they light alone {fits['share_lit']:.0%}, of real images {real['share_lit']:.0%}"
     found = off(population)
     if found:
         said = ", ".join(f"{name} {ratio:.1f}" for name, ratio in found.items())
@@ -141,7 +144,7 @@ def _lenses(fits: Fits, real: Fits, population: Mapping[str, Mapping[str, Any]])
         furthest = max(ratios, key=lambda name: ratios[name], default="")
         apart = f" ({furthest} is furthest, {ratios[furthest]:.1f} times as far as real sets)" if furthest else ""
         how = f"no parameter is distributed otherwise as far as {fits['n']} fits can tell{apart}"
-    less = fewer(fits, real)
+    less = fewer(fits, real) or (lit and fewer(fits, real, tables.LIT))
     return not less and not found, f"{how}; {text}" if found and not less else f"{text}; {how}"
 
 

@@ -69,9 +69,13 @@ class LensFits:
         a, b = self.law[i]
         return a + b * np.maximum(self.clean[i] - self.background[i], 0)
 
-    def consistent(self, limit: float = 1.2) -> np.ndarray:
-        """(N,) bool: there is a lens (10 sigma) and nothing else but its noise, chi^2 per pixel between 1/limit and limit."""
-        return (self.snr > 10) & (self.chi2 < limit) & (self.chi2 > 1 / limit)
+    def consistent(self, limit: float = 1.2, lit: bool = False) -> np.ndarray:
+        """(N,) bool: there is a lens (10 sigma) and nothing else but its noise, chi^2 per pixel between 1/limit and limit.
+
+        lit     of the pixels that it lights: a stricter question, for most of an image is sky, which is easily right
+        """
+        chi2 = self.chi2_lit if lit else self.chi2
+        return (self.snr > 10) & (chi2 < limit) & (chi2 > 1 / limit)
 
     @classmethod
     def joined(cls, parts: "Sequence[LensFits]") -> "LensFits":

@@ -37,7 +37,7 @@ def test_a_data_set_is_fitted_and_compared_with_its_truth(
         rows = list(csv.DictReader(file))
     assert len(rows) == COUNT
     assert all(0.95 < float(row["chi2"]) < 1.05 for row in rows)
-    assert {"theta_E", "theta_E_error", "chi2_lit", "consistent"} <= set(rows[0])
+    assert {"theta_E", "theta_E_error", "chi2_lit", "consistent", "consistent_lit"} <= set(rows[0])
     assert Image.open(tmp_path / "deep" / "fits.png").size[0] > 6 * 150
 
 

@@ -47,8 +47,8 @@ def make(folder: Path, seed: int = 0) -> Path:
 def scores(model: Path, **more: Any) -> None:
     """An evaluation of a run, as `lens-ldm evaluate` leaves it."""
     one = {"distance": 1.5, "floor": 1.0, "floor_sd": 0.1, "excess": 0.5, "n": 100}
-    share = {"n": 50, "share": 0.8, "interval": [0.67, 0.89]}
-    real = {"n": 50, "share": 0.96, "interval": [0.87, 0.99]}
+    share = {"n": 50, "share": 0.8, "interval": [0.67, 0.89], "share_lit": 0.5, "interval_lit": [0.37, 0.63]}
+    real = {"n": 50, "share": 0.96, "interval": [0.87, 0.99], "share_lit": 0.94, "interval_lit": [0.84, 0.98]}
     physics = {"flux": {"w1": 3.0, "floor": 1.0, "ratio": 3.0, "p_holm": 1e-6}}
     metrics = {
         "model": "m", "reference": "/somewhere/of/mine/noise", "weights_sha256": read_config(model)["sha256"],
@@ -240,6 +240,8 @@ def test_a_published_model_is_smaller_and_draws_the_same(
     assert "somewhere" not in text + json.dumps(config)
     assert "1.50, floor 1.00 ± 0.10, excess +0.50 (n = 100)" in text
     assert "80% of 50 (67% to 89%); of real images 96%" in text
+    assert "by the pixels they light alone" in text
+    assert "50% of 50 (37% to 63%); of real images 94%" in text
     assert "7.5 (cpu, 2 threads)" in text
     for failure in ("all of them are noise", "flux 3.0", "further from real images"):
         assert failure in text.split("Known failures")[1]

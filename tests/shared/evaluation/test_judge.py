@@ -194,6 +194,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_evaluations_are_compared(home: Path) -> None:
     fits = {"n": 20, "share": 0.5, "interval": [0.3, 0.7], "chi2": 1.1, "chi2_lit": 1.2, "parameters": {}}
+    fits |= {"share_lit": 0.25, "interval_lit": [0.1, 0.5]}
     told = {"auc": 0.6, "auc_interval": [0.5, 0.7]}
     full = {"lens_fits": {"real": fits, "samples": fits}, "two_sample": {"samples": told, "real": told}}
     runs = [
@@ -204,7 +205,8 @@ def test_evaluations_are_compared(home: Path) -> None:
     header, _, first, second = Path("tables/two.md").read_text().splitlines()[:4]
     assert "fd_test, excess (floor 1.00 ± 0.10)" in header
     assert [cell.strip() for cell in first.split("|")[1:-1]] == [
-        "a/unet", "0.50 ± 0.10", "–", "–", "0 of 1", "50% of 20 (30% to 70%)", "1.20", "0.60 (0.50 to 0.70)", "–", "2.00", "7.00",
+        "a/unet", "0.50 ± 0.10", "–", "–", "0 of 1", "50% of 20 (30% to 70%)", "25%, 1.20", "0.60 (0.50 to 0.70)", "–", "2.00",
+        "7.00",
     ]  # fmt: skip
     assert second.rstrip().endswith("| 4.00         | –         |")
     assert Image.open("tables/two.png").width > 400
@@ -234,13 +236,24 @@ def test_what_has_no_scores_is_told(home: Path, capsys: pytest.CaptureFixture[st
 
 
 def fits_of(share: float, interval: tuple[float, float]) -> dict[str, Any]:
-    return {"n": 100, "share": share, "interval": list(interval), "chi2": 1.0, "chi2_lit": 1.0, "parameters": {}}
+    lit = {"share_lit": share, "interval_lit": list(interval)}
+    return {"n": 100, "share": share, "interval": list(interval), "chi2": 1.0, "chi2_lit": 1.0, "parameters": {}, **lit}
 
 
 def test_one_lens_less_is_no_fault_and_ten_are() -> None:
     real = fits_of(1.0, (0.963, 1.0))
     assert not fewer(fits_of(0.99, (0.946, 0.998)), real)
     assert fewer(fits_of(0.9, (0.826, 0.945)), real)
+
+
+def test_lenses_whose_light_is_wrong_under_a_sky_that_is_right_are_said() -> None:
+    real, samples = fits_of(1.0, (0.963, 1.0)), fits_of(0.99, (0.946, 0.998))
+    fine = verdict(metrics_of(lens_fits={"real": real, "samples": samples}, population={"samples": {}}))[-1]
+    assert fine[0]
+    samples |= {"share_lit": 0.75, "interval_lit": [0.66, 0.82]}
+    broken = verdict(metrics_of(lens_fits={"real": real, "samples": samples}, population={"samples": {}}))[-1]
+    assert not broken[0]
+    assert "by the pixels they light alone 75%, of real images 100%" in broken[1]
 
 
 def test_a_floor_of_few_splits_is_no_certainty() -> None:

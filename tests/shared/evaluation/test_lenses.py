@@ -31,7 +31,7 @@ def test_fits_find_what_was_planted():
     del asked["y_s"]
     found = {**lens_share(fits), "parameters": told_and_found(fits, asked)}
     assert found["n"] == 8
-    assert found["share"] == 1
+    assert found["share"] == found["share_lit"] == 1
     assert set(found["parameters"]) == {"theta_E", "x_s", "q_s", "PA_s"}
     assert found["parameters"]["theta_E"]["bias"] == pytest.approx(0.1, abs=0.01)
     assert found["parameters"]["theta_E"]["scatter"] < 0.01
@@ -39,9 +39,9 @@ def test_fits_find_what_was_planted():
     assert found["parameters"]["PA_s"]["n"] < 8  # one of them is round
     assert found["parameters"]["PA_s"]["r2"] > 0.98
     nothing = {**lens_share(fits), "parameters": told_and_found(fits, {})}
-    header, share, chi2, *rows = fit_rows({"real": found, "samples": nothing})
+    header, share, lit, chi2, *rows = fit_rows({"real": found, "samples": nothing})
     assert header == ["lens fits", "real", "samples"]
-    assert share[1:] == ["100% of 8 (68% to 100%)"] * 2
+    assert share[1:] == lit[1:] == ["100% of 8 (68% to 100%)"] * 2
     assert 0.8 < float(chi2[1]) < 1.2
     assert [row[2] for row in rows] == ["–"] * 4
     assert fit_rows(None) == []
