@@ -26,7 +26,10 @@ COMMANDS = {
     "models": ("shared.models:main", "what can be sampled by name: published models and runs"),
     "publish": ("stage2_diffusion.publish:main", "a run's model -> a folder to share, with scores, at half precision"),
     "tune-grid": ("stage2_diffusion.grids:main", "a few evaluations made the most of: times fitted to a trained model"),
-    "evaluate-vqvae": ("stage1_vqvae.evaluate:main", "what stage 1 costs; also: python stage1_vqvae/evaluate.py"),
+    "evaluate-vqvae": (
+        "stage1_vqvae.evaluate:main",
+        "scores of the autoencoder alone; also: python stage1_vqvae/evaluate.py",
+    ),
     "evaluate": (
         "stage2_diffusion.evaluate:main",
         "scores with their floors; also: python stage2_diffusion/evaluate.py",

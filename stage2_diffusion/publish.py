@@ -136,13 +136,14 @@ def card(
         drawn = f"{sampling['steps']} evaluations, `{sampling['sampler']}`"
     channels, height, width = latent_shape(config["autoencoder"])
     image = "×".join(map(str, config["autoencoder"]["image_shape"][1:]))
-    entries = [entry["name"] for entry in config.get("conditions", {}).get("entries", [])]
+    spec, entries = config["autoencoder"]["spec"], config.get("conditions", {}).get("entries", [])
+    quantizer = f" with quantiser `{spec['quantizer']['name']}`" if "quantizer" in spec else ""
     rows = [
         ["", ""],
         ["data", f"`{config['data']['name']}`, {config['data']['images']} training images of {image}"],
-        ["latent", f"{height}×{width}×{channels}, by `{config['autoencoder']['spec']['name']}`"],
+        ["latent", f"{height}×{width}×{channels}, by `{spec['name']}`{quantizer}"],
         ["network", network],
-        ["can be asked for", ", ".join(entries) or "nothing: unconditional"],
+        ["can be asked for", ", ".join(entry["name"] for entry in entries) or "nothing: unconditional"],
         ["budget", f"{t['trainer']['max_steps']} steps of {t['data']['batch_size']}"],
         ["sampling", drawn],
         ["weights", f"{stored['dtype']}; clean samples differ from those of fp32 by {stored['difference']:.2g} of the "
@@ -170,7 +171,8 @@ autoencoder is in the same file as the network.
 
 ## Scores
 
-Of the weights in fp32, by `lens-ldm evaluate`; the floor is what real images score against others.
+Of the weights in fp32, by `lens-ldm evaluate`; the floor is what real images score against others,
+that is images of the data set that no training saw.
 
 {scored}
 ## Known failures
@@ -199,6 +201,6 @@ def score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
         rows.append(["GFLOP a lens", f"{cost['gflop']:.2f}"])
     if cost.get("milliseconds"):
         rows.append(
-            ["milliseconds a lens", f"{cost['milliseconds']:.1f} ({cost['device']}, {cost['threads']} threads)"]
+            ["milliseconds a lens", f"{cost['milliseconds']:.1f} ({cost['device']}, threads: {cost['threads']})"]
         )
     return rows

@@ -242,7 +242,7 @@ def test_a_published_model_is_smaller_and_draws_the_same(
     assert "80% of 50 (67% to 89%); of real images 96%" in text
     assert "by the pixels they light alone" in text
     assert "50% of 50 (37% to 63%); of real images 94%" in text
-    assert "7.5 (cpu, 2 threads)" in text
+    assert "7.5 (cpu, threads: 2)" in text
     for failure in ("all of them are noise", "flux 3.0", "further from real images"):
         assert failure in text.split("Known failures")[1]
     assert "license: cc0" in text
