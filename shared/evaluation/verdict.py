@@ -125,7 +125,7 @@ def _quantities(scores: Mapping[str, Mapping[str, Any]], spectrum: Mapping[str, 
     smooth, text = agree >= 1 - SMOOTH, f"the power spectrum agrees at {agree:.0%} of its frequencies{others}"
     if not found:
         fine = f"all {len(scores)} quantities measured on each image are distributed as in real images"
-        return smooth, f"{fine}; {text}" if smooth else f"{text} alone; {fine}"
+        return smooth, f"{fine}; {text}" if smooth else f"{text}; {fine}"
     said = ", ".join(f"{name.replace('_', ' ')} {ratio:.1f}" for name, ratio in found.items())
     text = f"by these times: {said}; {text}"
     return False, f"{len(found)} of {len(scores)} quantities are further off than between real sets, {text}"
