@@ -111,6 +111,11 @@ def find_config(path_or_name: Path | str, beside: Path | None = None) -> Path:
     raise UserError(f"no config file {given}{hint(given.as_posix(), known, elsewhere)}")
 
 
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The config with these of its keys changed, checked as a whole."""
+    return load_config(type(config), [], merge(to_dict(config), changes))
+
+
 def to_dict(config: BaseModel) -> Tree:
     """Plain types, as YAML and JSON have them."""
     return config.model_dump(mode="json")

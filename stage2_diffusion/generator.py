@@ -6,6 +6,7 @@ for seeds, images in generator.sample(range(64)):
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,15 +177,15 @@ class Generator:
         for start in range(0, len(seeds), batch_size):
             chunk = seeds[start : start + batch_size]
             told, told_guide = (None if c is None else c[start : start + len(chunk)] for c in (conditions, guides))
-            denoise = self.denoise(told)
+            denoise: Denoise = partial(self._denoise, condition=told)
             if guide is not None:
-                denoise = autoguidance(denoise, guide.denoise(told_guide), self.denoiser.schedule, weight, interval)
+                weaker = partial(guide._denoise, condition=told_guide)
+                denoise = autoguidance(denoise, weaker, self.denoiser.schedule, weight, interval)
             elif told is not None and weight != 1:
                 nothing = self.condition(len(chunk))
                 assert nothing is not None
                 denoise = classifier_free(self._denoise, self.denoiser.schedule, told, nothing, weight, interval)
-            if (bounds := self.autoencoder.bounds()) is not None:
-                denoise = _clipped(denoise, *bounds)
+            denoise = self._bounded(denoise)
             if seen is not None:
                 denoise = _watched(denoise, seen)
             with autocast(self.device, self.precision):
@@ -226,10 +227,17 @@ class Generator:
 
     def denoise(self, condition: Tensor | None) -> Denoise:
         """The denoiser under a condition (N, d), as a sampler takes it."""
-        return lambda x_t, t: self._denoise(x_t, t, condition)
+        return self._bounded(partial(self._denoise, condition=condition))
 
     def _denoise(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         return self.denoiser(x_t.contiguous(memory_format=torch.channels_last), t, condition)
+
+    def _bounded(self, denoise: Denoise) -> Denoise:
+        """Estimates of x_0 within the range of the data, where there is one (Ho et al. 2020's code; Saharia et al. 2022, §2.3:
+        static thresholding). A network of pixels that predicts noise needs it: at t = 1 of DDPM's schedule its error is
+        150 times as large in x_0."""
+        bounds = self.autoencoder.bounds()
+        return denoise if bounds is None else lambda x_t, t: denoise(x_t, t).clamp(*bounds)
 
     def require_guidance(self, guidance: float | None, guide: "Generator | None", asked: bool) -> float:
         """The weight of the guidance, the model's own where none is given. UserError if there is nothing to guide by, or if
@@ -270,12 +278,6 @@ class Generator:
         with autocast(self.device, self.precision):
             latents = self.autoencoder.encode(images.to(self.device).contiguous(memory_format=torch.channels_last))
             return self.autoencoder.decode(latents, observed=observed, generator=generators).float().cpu()
-
-
-def _clipped(denoise: Denoise, low: Tensor, high: Tensor) -> Denoise:
-    """Estimates of x_0 within the range of the data (Ho et al. 2020's code; Saharia et al. 2022, §2.3: static thresholding).
-    A network of pixels that predicts noise needs it: at t = 1 of DDPM's schedule its error is 150 times as large in x_0."""
-    return lambda x_t, t: denoise(x_t, t).clamp(low, high)
 
 
 def _watched(denoise: Denoise, seen: Callable[[Tensor], object]) -> Denoise:

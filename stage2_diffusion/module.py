@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shared.autoencoder import Autoencoder
-from shared.config import load_config, merge, to_dict
+from shared.config import changed
 from shared.precision import autocast
 from shared.report import save_grid
 from shared.schema import Adversarial, Stage2
@@ -180,10 +180,9 @@ class DiffusionModule(SampledModule):
         return candidates[next(iter(errors))], errors
 
 
-def steps_alone(config: AnyConfig, folder: str) -> AnyConfig:
+def steps_alone(config: AnyConfig, folder: str, **trainer: Any) -> AnyConfig:
     """The config of a training without an end, of which only the steps are watched: nothing is measured, drawn, logged or
-    kept beside them."""
-    trainer: dict[str, Any] = dict.fromkeys(("max_steps", "validate_every", "checkpoint_every"), NEVER)
+    kept beside them. `trainer`: keys of that block besides."""
+    trainer |= dict.fromkeys(("max_steps", "validate_every", "checkpoint_every"), NEVER)
     trainer |= {"score_every": 0, "watched": 2, "progress": False}
-    changes = {"output": folder, "trainer": trainer, "logger": {"wandb": "disabled"}}
-    return load_config(type(config), [], merge(to_dict(config), changes))
+    return changed(config, {"output": folder, "trainer": trainer, "logger": {"wandb": "disabled"}})

@@ -91,10 +91,14 @@ def off(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def agreeing(spectrum: Mapping[str, Any]) -> float:
     """The share of frequencies at which the power may be that of real images."""
-    pairs = [
-        (low, high) for low, high in zip(spectrum["mean_low"], spectrum["mean_high"], strict=True) if low is not None
-    ]
-    return sum(low <= 1 <= high for low, high in pairs) / max(len(pairs), 1)
+    apart = _apart(spectrum)
+    return apart.count(0.0) / max(len(apart), 1)
+
+
+def _apart(spectrum: Mapping[str, Any]) -> list[float]:
+    """How far the power is from that of real images, at each frequency that has an interval: 0 where that holds 1."""
+    curve = zip(spectrum["mean"], spectrum["mean_low"], spectrum["mean_high"], strict=True)
+    return [0.0 if low <= 1 <= high else abs(mean - 1) for mean, low, high in curve if low is not None]
 
 
 def _distance(metric: str, s: Mapping[str, Any]) -> Line:
@@ -119,8 +123,7 @@ def _spread(found: Mapping[str, Mapping[str, Any]]) -> Line:
 
 def _quantities(scores: Mapping[str, Mapping[str, Any]], spectrum: Mapping[str, Any]) -> Line:
     found, agree = off(scores), agreeing(spectrum)
-    curve = zip(spectrum["mean"], spectrum["mean_low"], spectrum["mean_high"], strict=True)
-    most = max((abs(mean - 1) for mean, low, high in curve if low is not None and not low <= 1 <= high), default=0.0)
+    most = max(_apart(spectrum), default=0.0)
     others = f", at the others it is up to {most:.0%} off" if most else ""
     smooth, text = agree >= 1 - SMOOTH, f"the power spectrum agrees at {agree:.0%} of its frequencies{others}"
     if not found:

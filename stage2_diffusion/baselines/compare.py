@@ -92,8 +92,9 @@ def configs_in(run: str) -> list[Path]:
 def trained_and_scored(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Train what is to be trained and score what has no scores, one system at a time; all results anew after each."""
     a, out = options, options.out
-    configs = [path for run in a.runs for path in configs_in(run)]
-    others = [run for run in a.runs if not configs_in(run)]
+    given = {run: configs_in(run) for run in a.runs}
+    configs = [path for run in a.runs for path in given[run]]
+    others = [run for run in a.runs if not given[run]]
     scores = [run for run in others if Path(run).is_file() or (Path(run) / "metrics.json").is_file()]
     if configs and a.budget is None:
         raise UserError("configs are trained for the same time each: say for which, --budget 10min")

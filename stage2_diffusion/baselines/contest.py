@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared.checkpoint import find_model, find_run, read_config
-from shared.config import load_config, merge, parse_overrides, to_dict
+from shared.config import changed, load_config, merge, parse_overrides, to_dict
 from shared.data.cache import LensImages
 from shared.data.symmetries import turns
 from shared.errors import UserError
@@ -123,8 +123,7 @@ def try_out(config: Config, callback: Callback) -> None:
     data = Latents.random(autoencoder.latent_shape, conditions, 2 * batch)
     precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
     with tempfile.TemporaryDirectory() as folder, suppress(Trial.Over):
-        uncompiled = {"trainer": {"compile": False}}  # or a minute of it would be timed with the steps
-        config = steps_alone(load_config(type(config), [], merge(to_dict(config), uncompiled)), folder)
+        config = steps_alone(config, folder, compile=False)  # or a minute of it would be timed with the steps
         fit(module_of(config, data, autoencoder, precision, conditions), Run(config), {}, [callback])
 
 
@@ -171,7 +170,7 @@ def systems(
             links["autoencoder"] = str(find_run(autoencoder or config.autoencoder))
         if config.logger.wandb == "auto":
             links["logger"] = {"wandb": "disabled"}  # a dozen short runs are noise there, unless they are asked for
-        found.append(load_config(type(config), [], merge(to_dict(config), links)))
+        found.append(changed(config, links))
         if isinstance(config, Stage2) and (config.condition.parameters or to_dict(config)["condition"]["class"]):
             told.append(config.name)
     if told:
@@ -199,16 +198,18 @@ def within(config: Config, steps: int) -> Config:
         "checkpoint_every": max(1, steps // 10), "log_every": max(1, steps // 20),
     }  # fmt: skip
     warmup = {"warmup_steps": min(config.optimizer.warmup_steps, steps // 10)}
-    return load_config(type(config), [], merge(to_dict(config), {"trainer": trainer, "optimizer": warmup}))
+    return changed(config, {"trainer": trainer, "optimizer": warmup})
 
 
 def dear(config: Config) -> list[tuple[str, Any]]:
     """The keys that a step costs more or less by."""
-    cheap = ("name", "seed", "sampling", "diffusion", "optimizer", "ema", *HARMLESS)
-    own = flatten(to_dict(config))
-    return [
-        (key, value) for key, value in own if not key.startswith(cheap) or key in ("diffusion.ssim", "optimizer.name")
-    ]
+    cheap = ("name", "seed", "diffusion", "optimizer", "ema", *HARMLESS)
+    but = ("diffusion.ssim", "optimizer.name", "trainer.checkpoint_gradients")
+    return [pair for pair in flatten(to_dict(config)) if not pair[0].startswith(cheap) or pair[0] in but]
+
+
+def _digest(pairs: list[tuple[str, Any]], *more: str) -> str:
+    return hashlib.sha256(" ".join([json.dumps(pairs, default=str), *more]).encode()).hexdigest()[:16]
 
 
 class Plans:
@@ -228,12 +229,10 @@ class Plans:
 
     def of(self, config: Config, budget: Budget) -> dict[str, Any]:
         own = [pair for pair in flatten(to_dict(config)) if not pair[0].startswith(HARMLESS)]
-        digest = hashlib.sha256(f"{json.dumps(own, default=str)} {budget.text}".encode()).hexdigest()[:16]
-        key = f"{config.name} {digest}"  # beside those of other budgets: each goes on with its own
+        key = f"{config.name} {_digest(own, budget.text)}"  # beside those of other budgets: each goes on with its own
         plan = self.kept.get(key)
         if plan is None:
-            like = hashlib.sha256(json.dumps(dear(config), default=str).encode()).hexdigest()[:16]
-            threads = torch.get_num_threads()
+            like, threads = _digest(dear(config)), torch.get_num_threads()
             same = (one for one in self.kept.values() if (one.get("like"), one["threads"]) == (like, threads))
             known = next(same, None)
             cost = step_cost(config) if known is None else StepCost(known["seconds"], known["gflop"])

@@ -139,10 +139,11 @@ class Ours(System):
         """That of the model's own training, for its steps alone."""
         from stage2_diffusion.module import steps_alone
 
-        trainer = {"precision": self.plan.precision, "accelerator": "cpu" if self.device.type == "cpu" else "gpu"}
-        changes = {"name": "benchmark", "data": {"batch_size": self.batch}, "trainer": trainer}
+        changes = {"name": "benchmark", "data": {"batch_size": self.batch}}
         own = merge({"autoencoder": "-", **self.generator.config["training"]}, changes)
-        return steps_alone(load_config(Stage2, [], own), self.plan.folder)
+        accelerator = "cpu" if self.device.type == "cpu" else "gpu"
+        config = load_config(Stage2, [], own)
+        return steps_alone(config, self.plan.folder, precision=self.plan.precision, accelerator=accelerator)
 
     def sample(self, between: Between) -> None:
         while True:

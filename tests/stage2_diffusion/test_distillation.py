@@ -198,6 +198,8 @@ def conditional(**options: float) -> Generator:
     shares = {"cond_dropout": options.get("dropout", 0.0)}
     denoiser = Denoiser(Told(), flow, "velocity", groups=[2, 1], always=1, **shares)
     autoencoder = Pixels((1, 3, 3), PixelTransform(0.0, 1.0))
+    autoencoder.latent_mean.zero_()
+    autoencoder.latent_std.fill_(0.01)  # no path leaves the range of the data, -100 to 100
     return Generator(autoencoder, denoiser, conditions=Conditions(2, (theta,)))
 
 

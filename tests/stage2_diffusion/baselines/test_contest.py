@@ -126,7 +126,9 @@ def test_a_plan_survives_other_plans(home: Path, monkeypatch: pytest.MonkeyPatch
 def test_configs_of_one_cost_are_measured_once_and_get_as_many_steps(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    costs = iter((StepCost(2.0, 5.0), StepCost(4.0, 5.0), StepCost(8.0, 5.0)))  # ever slower, on a busy machine
+    costs = iter(
+        (StepCost(2.0, 5.0), StepCost(4.0, 5.0), StepCost(8.0, 5.0), StepCost(16.0, 5.0))
+    )  # ever slower, on a busy machine
     monkeypatch.setattr(contest, "step_cost", lambda config: next(costs))
     plans = contest.Plans(Path("out/plan.json"))
 
@@ -139,6 +141,7 @@ def test_configs_of_one_cost_are_measured_once_and_get_as_many_steps(
     )
     assert steps(name="wide", backbone={"width": 16}) == 150
     assert steps(name="similar", diffusion={"ssim": 0.1}) == 75
+    assert steps(name="recomputed", trainer={"checkpoint_gradients": True}) == 37
 
 
 @pytest.mark.slow
