@@ -26,7 +26,7 @@ from shared.evaluation.lenses import lens_fitter, lens_share
 from shared.evaluation.measure import ImageSet, Measured, of_data, of_tensor
 from shared.evaluation.reference import add_options, check_reference, chosen_networks, halves
 from shared.evaluation.scores import compare
-from shared.evaluation.tables import finite
+from shared.evaluation.tables import finite, lit_of, share_of
 from shared.files import make_folder, markdown, resumed, write_atomically
 from shared.metrics import fid
 from shared.metrics.lens_fit import LensFitter
@@ -134,7 +134,7 @@ def table(cells: Sequence[Cell]) -> str:
     fitted = any("lenses" in cell for cell in cells)
     header = ["sampler", "evaluations", "GFLOP", "ms", *(f"{metric}, excess" for metric in metrics)]
     header += ["physics over real", "furthest"]
-    rows = [header + ["lenses", "chi² lit"] * fitted]
+    rows = [header + ["lenses at the noise level", "lit pixels: lenses, chi²"] * fitted]
     for cell in cells:
         row = [cell["sampler"], str(cell["steps"]), f"{cell['gflop']:.2f}", f"{cell['milliseconds']:.1f}"]
         row += [f"{s['excess']:.2f} (floor {s['floor']:.2f} ± {s['floor_sd']:.2f})" for s in cell["distances"].values()]
@@ -142,16 +142,15 @@ def table(cells: Sequence[Cell]) -> str:
         furthest = max(ratios, key=lambda name: ratios[name])
         row += [f"{typical(ratios.values()):.1f}", f"{furthest.replace('_', ' ')} {ratios[furthest]:.1f}"]
         if fitted:
-            low, high = cell["lenses"]["interval"]
-            row += [f"{cell['lenses']['share']:.0%} ({low:.0%} to {high:.0%})", f"{cell['lenses']['chi2_lit']:.2f}"]
+            row += [share_of(cell["lenses"]), lit_of(cell["lenses"])]
         rows.append(row)
     return markdown(rows)
 
 
 def figure(cells: Sequence[Cell]) -> Image.Image:
-    """Against the evaluations of the network, for each sampler: excess of each distance, physics, lenses."""
+    """Against the evaluations of the network, for each sampler: excess of each distance, physics, lenses, chi² of lit pixels."""
     metrics, fitted = list(cells[0]["distances"]), any("lenses" in cell for cell in cells)
-    drawing, axes = panels(len(metrics) + 1 + fitted, width=4.4)
+    drawing, axes = panels(len(metrics) + 1 + 2 * fitted, width=4.4, columns=2)
     for j, sampler in enumerate(dict.fromkeys(cell["sampler"] for cell in cells)):
         own = sorted((cell for cell in cells if cell["sampler"] == sampler), key=lambda cell: cell["steps"])
         steps = [cell["steps"] for cell in own]
@@ -161,7 +160,8 @@ def figure(cells: Sequence[Cell]) -> Image.Image:
         axes[len(metrics)].plot(steps, [typical(cell["physics"].values()) for cell in own], label=sampler, **style)
         if fitted:
             share = np.array([[cell["lenses"]["share"], *cell["lenses"]["interval"]] for cell in own]).T
-            axes[-1].errorbar(steps, share[0], np.abs(share[1:] - share[0]), label=sampler, capsize=2, **style)
+            axes[-2].errorbar(steps, share[0], np.abs(share[1:] - share[0]), label=sampler, capsize=2, **style)
+            axes[-1].plot(steps, [cell["lenses"]["chi2_lit"] for cell in own], label=sampler, **style)
     for axis, metric in zip(axes, metrics, strict=False):
         sd = cells[0]["distances"][metric]["floor_sd"]
         axis.axhspan(-sd, sd, color="0.9")
@@ -169,7 +169,9 @@ def figure(cells: Sequence[Cell]) -> Image.Image:
     axes[len(metrics)].axhline(1, color="k", lw=0.6)
     axes[len(metrics)].set(title="W1 of physics over that of real images", yscale="log")
     if fitted:
-        axes[-1].set(title="share of lenses at the noise level", ylim=(0, 1))
+        axes[-2].set(title="share of lenses at the noise level", ylim=(0, 1))
+        axes[-1].axhline(1, color="k", lw=0.6)
+        axes[-1].set(title="chi² of the pixels that the lens lights, median", yscale="log")
     for axis in axes:
         axis.set(xscale="log", xlabel="evaluations of the network a lens")
         axis.legend(fontsize=8)

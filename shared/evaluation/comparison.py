@@ -109,7 +109,7 @@ def rows(found: Sequence[Metrics], names: Sequence[str]) -> list[list[str]]:
         far = [quantity.replace("_", " ") for quantity in off(physics)]
         cells.append(", ".join(far) if 0 < len(far) <= NAMED else f"{len(far)} of {len(physics)}")
         fits, told, cost = one.get("lens_fits"), one.get("two_sample"), one.get("cost") or {}
-        cells += [tables.share_of(fits["samples"]), _lit(fits["samples"])] if fits else ["–", "–"]
+        cells += [tables.share_of(fits["samples"]), tables.lit_of(fits["samples"])] if fits else ["–", "–"]
         interval = "({:.2f} to {:.2f})".format(*told["samples"]["auc_interval"]) if told else ""
         cells.append(f"{told['samples']['auc']:.2f} {interval}" if told else "–")
         memory = one.get("memory")
@@ -117,12 +117,6 @@ def rows(found: Sequence[Metrics], names: Sequence[str]) -> list[list[str]]:
         cells += [f"{cost[key]:.{2 if cost[key] < 100 else 0}f}" if cost.get(key) else "–" for key in COSTS]
         table.append([name, *cells])
     return table
-
-
-def _lit(fits: Metrics) -> str:
-    """Share of lenses and median chi², by the pixels that they light."""
-    share = f"{fits['share_lit']:.0%}, " if "share_lit" in fits else ""  # which older results do not have
-    return f"{share}{fits['chi2_lit']:.2f}"
 
 
 def _training(metrics: Metrics) -> str:

@@ -168,6 +168,12 @@ def share_of(fits: Mapping[str, Any], of: str = "") -> str:
     return f"{fits[f'share{of}']:.0%} of {fits['n']} ({low:.0%} to {high:.0%})"
 
 
+def lit_of(fits: Mapping[str, Any]) -> str:
+    """The share of lenses and the median chi², by the pixels that they light alone."""
+    share = f"{fits[f'share{LIT}']:.0%}, " if f"share{LIT}" in fits else ""  # which older results do not have
+    return f"{share}{fits[f'chi2{LIT}']:.2f}"
+
+
 def told_apart_rows(two_sample: dict[str, Any]) -> list[list[str]]:
     """The table of the classifier two-sample test, header first."""
     rows = [["told from real images by a classifier", "AUC (95 %)", "right answers (95 %)", "n"]]
