@@ -180,7 +180,7 @@ def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     return _Published(folder, config)
 
 
-def load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the tensors of a published model, fp32 where they are stored as half of that. Truncated or altered
     weights are refused."""
     folder, config = find_model(path), read_config(path, kind)
@@ -197,6 +197,22 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]
     except SafetensorError as error:
         raise UserError(f"{weights} is no safetensors file: {error}") from error
     return config, {name: x.float() if x.dtype in HALF.values() else x for name, x in tensors.items()}
+
+
+def parts_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a model of stage 2, of its autoencoder and of its denoiser."""
+    parts: dict[str, dict[str, Tensor]] = {"autoencoder": {}, "denoiser": {}}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    return parts
+
+
+def load_part(path: str | Path, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config of a model and the tensors of its `autoencoder` or `denoiser`. One of stage 1 is an autoencoder and no
+    more."""
+    config, state = load(path, "diffusion" if part == "denoiser" else None)
+    return config, parts_of(state)[part] if config["kind"] == "diffusion" else state
 
 
 def autoencoder_config(autoencoder: Autoencoder, spec: dict[str, Any]) -> dict[str, Any]:
@@ -220,14 +236,15 @@ def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise UserError(
-            f"the weights of the {what} do not fit its config: {str(error).splitlines()[1].strip()[:200]}"
+            f"the weights of the {what} do not fit the config: {str(error).splitlines()[1].strip()[:200]}"
         ) from error
 
 
 def load_autoencoder(
     path: str, image_shape: tuple[int, int, int], transform: PixelTransform, pixels: Mapping[str, Any] | None = None
 ) -> tuple[Autoencoder, dict]:
-    """What stage 2 stands on: a model of stage 1, or `pixels`. Returns it with its `autoencoder_config`.
+    """What stage 2 stands on: a model of stage 1, that inside a model of stage 2, or `pixels`. Returns it with its
+    `autoencoder_config`.
 
     image_shape, transform   of the data that it will meet; a model made for others is refused
     pixels                   options of `pixels`
@@ -235,7 +252,7 @@ def load_autoencoder(
     if path == "pixels":
         model: Autoencoder = Pixels(image_shape, transform, **(pixels or {}))
         return model, autoencoder_config(model, {"name": "pixels", **(pixels or {})})
-    config, state = load(path, "autoencoder")
+    config, state = load_part(path, "autoencoder")
     model = build_autoencoder(config["autoencoder"], state)
     if model.image_shape != tuple(image_shape):
         raise UserError(
@@ -257,6 +274,19 @@ def require_units(model: Autoencoder, transform: PixelTransform, what: str) -> N
 def fingerprint(path: str | Path) -> str:
     """The hash of a published model's weights; for `pixels` the word itself."""
     return "pixels" if str(path) == "pixels" else str(read_config(path)["sha256"])
+
+
+def pretrained(path: str | None) -> dict[str, str]:
+    """What a run was made from, if it starts from the weights of a model."""
+    return {} if path is None else {"pretrained": fingerprint(path)}
+
+
+def start_from(path: str, network: nn.Module, part: str) -> dict[str, Any]:
+    """Give a network the weights of a model's `autoencoder` or `denoiser`; its config. UserError if they are of another
+    network."""
+    config, state = load_part(path, part)
+    fill(network, state, f"{part} of {path}")
+    return config
 
 
 def versions() -> dict[str, str]:

@@ -534,6 +534,7 @@ class _Run(Block):
 class Stage1(_Run):
     """configs/stage1: an autoencoder and the noise law beside it."""
 
+    pretrained: str | None = key(None, "a model of either stage, whose autoencoder this one starts from", min_length=1)
     autoencoder: VQVAE = VQVAE()
     loss: Loss = Loss()
     regularize: Regularize = Regularize()
@@ -573,7 +574,9 @@ class Stage1(_Run):
 
 
 class _OnLatents(_Run):
-    autoencoder: str = key(..., "folder of a stage-1 run or model, or `pixels`", min_length=1)
+    autoencoder: str = key(
+        ..., "a run or model of stage 1, a model of stage 2 (the one inside it), or `pixels`", min_length=1
+    )
     pixels: Pixels = Pixels()
 
     @field_validator("pixels")
@@ -608,6 +611,7 @@ class Stage2(_OnLatents):
 
     instead: ClassVar = {"gan": Adversarial}  # a config with that block is one of another schema
 
+    pretrained: str | None = key(None, "a model of stage 2, whose network this one starts from", min_length=1)
     data: LabelledData
     backbone: Annotated[UNet | DiT | UViT | KarrasUNet | Custom, Field(discriminator="name")] = UNet()
     diffusion: Diffusion = Diffusion()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shared.checkpoint import autoencoder_config, publish
+from shared.checkpoint import autoencoder_config, pretrained, publish, start_from
 from shared.config import to_dict
 from shared.data.cache import LensImages
 from shared.data.normalise import PixelTransform
@@ -32,7 +32,7 @@ def train(config: Stage1, resume: str = "auto") -> Path:
         raise UserError(f"{config.data.path} has {len(images)} images, none of them for validation: prepare more")
     choose_device(config.trainer.accelerator)  # one that is not there is told now
     turned = turns(images, config.data.augment)
-    fingerprint = {"data": images.fingerprint, **turned.fingerprint}
+    fingerprint = {"data": images.fingerprint, **turned.fingerprint, **pretrained(config.pretrained)}
     run = Run(config, resume)
     if run.is_complete(fingerprint):
         tqdm.write(f"{run.folder} is complete")
@@ -40,6 +40,8 @@ def train(config: Stage1, resume: str = "auto") -> Path:
     spec = to_dict(config)["autoencoder"]
     torch.manual_seed(config.seed)
     network = build("autoencoder", spec, image_shape=images.image_shape, transform=images.transform)
+    if config.pretrained:
+        start_from(config.pretrained, network, "autoencoder")
     module = VQVAEModule(config, network, images, turned)
     fit(module, run, fingerprint)
     if is_main_process():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared import flops
 from shared.autoencoder import Autoencoder
-from shared.checkpoint import build_autoencoder, fill, load
+from shared.checkpoint import build_autoencoder, fill, load, parts_of
 from shared.errors import UserError
 from shared.precision import autocast, choose_device
 from shared.registry import build, resolve
@@ -66,10 +66,7 @@ class Generator:
         if trust:
             custom.trust(trust)
         config, state = load(path, "diffusion")
-        parts: dict[str, dict[str, Tensor]] = {"autoencoder": {}, "denoiser": {}}
-        for name, tensor in state.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
+        parts = parts_of(state)
         autoencoder = build_autoencoder(config["autoencoder"], parts["autoencoder"])
         conditions = Conditions.from_config(config.get("conditions", {}))  # models from before there were any have none
         if "gan" in config:

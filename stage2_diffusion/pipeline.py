@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shared.autoencoder import Autoencoder
-from shared.checkpoint import fingerprint, load_autoencoder, publish
+from shared.checkpoint import fingerprint, load_autoencoder, pretrained, publish, start_from
 from shared.config import to_dict
 from shared.data.cache import LensImages
 from shared.data.symmetries import Turns, apply, apply_each, turns
@@ -44,6 +44,7 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     conditions = conditions_of(config, images, turned)
     made_from = {"data": images.fingerprint, "autoencoder": fingerprint(config.autoencoder)}
     made_from |= turned.fingerprint | conditions.fingerprint(images)
+    made_from |= pretrained(config.pretrained if isinstance(config, Stage2) else None)
     run = Run(config, resume)
     if run.is_complete(made_from):
         tqdm.write(f"{run.folder} is complete")
@@ -90,11 +91,19 @@ def module_of(
     known: Mapping[str, np.ndarray] | None = None,
     distance: Distance | None = None,
 ) -> DiffusionModule | GANModule:
-    """A new network, from the config's seed, for Lightning to train; `known` of the held-out images."""
+    """A new network, from the config's seed or a model's weights, for Lightning to train; `known` of the held-out images."""
     torch.manual_seed(config.seed)
     blocks = to_dict(config)
     if isinstance(config, Stage2):
         network = build_denoiser(blocks["backbone"], blocks["diffusion"], autoencoder.latent_shape, conditions)
+        if config.pretrained:
+            theirs = start_from(config.pretrained, network, "denoiser")["diffusion"]
+            for name in ("schedule", "prediction"):
+                if theirs[name] != blocks["diffusion"][name]:
+                    raise UserError(
+                        f"{config.pretrained} was trained with diffusion.{name} {theirs[name]}, which is to go on with "
+                        f"{blocks['diffusion'][name]}: give --diffusion.{name} {theirs[name]}"
+                    )
         return DiffusionModule(config, network, data, autoencoder, precision, conditions, known, distance)
     synthesis = build("gan", blocks["gan"], latent_shape=autoencoder.latent_shape)
     return GANModule(config, synthesis, data, autoencoder, precision, distance)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.checkpoint import load, load_autoencoder, read_config
+from shared.checkpoint import load, load_autoencoder, load_part, read_config
 from shared.cli import main
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
@@ -259,11 +259,48 @@ def test_diffusion_on_pixels_is_the_same_code(at_home: Path) -> None:
     assert images.max() <= 1
 
 
+def test_a_training_starts_from_a_models_weights(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    still = ["--trainer.max_steps", "1", "--optimizer.lr", "1e-12", "--optimizer.weight_decay", "0"]
+    model = "checkpoints/smoke-stage2"
+
+    def differ(run: str, part: str, theirs: str = model) -> float:
+        a, b = (load_part(path, part)[1] for path in (run, theirs))
+        return max(float((a[k] - b[k]).abs().max()) for k, x in a.items() if x.is_floating_point() and "weight" in k)
+
+    again = ["train-diffusion", "--config", f"{model}/config.yaml", "--name", "again", "--seed", "1", *still]
+    main([*again, "--pretrained", model, "--autoencoder", model])
+    assert differ("checkpoints/again", "denoiser") < 1e-6
+    assert differ("checkpoints/again", "autoencoder") == 0
+    assert "pretrained" in read_config("checkpoints/again")["fingerprint"]
+    main([*again, "--name", "anew"])
+    assert differ("checkpoints/anew", "denoiser") > 0.01
+
+    encoder = ["train-vqvae", "--config", "checkpoints/smoke-stage1/config.yaml", *still]
+    encoder += ["--autoencoder.quantizer.warmup_steps", "0", "--seed", "1"]
+    main([*encoder, "--name", "encoder", "--pretrained", model])
+    assert differ("checkpoints/encoder", "autoencoder") < 1e-3  # the averages of codes move without a rate
+    main([*encoder, "--name", "encoder-anew"])
+    assert differ("checkpoints/encoder-anew", "autoencoder") > 0.01
+
+    for options, said in (
+        (["--pretrained", "checkpoints/smoke-stage1"], "one of stage 2 is needed"),
+        (["--pretrained", model, "--backbone.width", "24"], "do not fit"),
+        (["--pretrained", model, "--diffusion.prediction", "v"], "--diffusion.prediction velocity"),
+        (["--pretrained", "checkpoints/nothing"], "no model at"),
+    ):
+        assert said in fails(capsys, *again, "--name", "wrong", *options)
+        assert not Path("checkpoints/wrong/model").exists()
+
+
 def test_published_models_survive_a_round_trip_and_refuse_damage(at_home: Path, tmp_path: Path) -> None:
     autoencoder, _ = load_autoencoder("checkpoints/smoke-stage1", (1, 150, 150), PixelTransform(0.0, 1.0))
     inside = Generator.from_pretrained("checkpoints/smoke-stage2", "cpu").autoencoder
     assert all(torch.equal(v, inside.state_dict()[k]) for k, v in autoencoder.state_dict().items())
     assert not any(p.requires_grad for p in autoencoder.parameters())
+
+    again, config = load_autoencoder("checkpoints/smoke-stage2", (1, 150, 150), PixelTransform(0.0, 1.0))
+    assert config == read_config("checkpoints/smoke-stage1")["autoencoder"]
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in autoencoder.state_dict().items())
 
     copy = tmp_path / "model"
     shutil.copytree("checkpoints/smoke-stage2/model", copy)
