@@ -200,8 +200,8 @@ def load(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], dic
 
 
 def parts_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a model of stage 2, of its autoencoder and of its denoiser."""
-    parts: dict[str, dict[str, Tensor]] = {"autoencoder": {}, "denoiser": {}}
+    """The tensors of a model of stage 2, of its autoencoder, its denoiser and its guide."""
+    parts: dict[str, dict[str, Tensor]] = {"autoencoder": {}, "denoiser": {}, "guide": {}}
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor

@@ -379,6 +379,14 @@ class Condition(_ByClass):  # type: ignore[misc, valid-type]
         return _check(names, not twice, f"{', '.join(twice)} is there twice")
 
 
+class Guide(Block):
+    """A weaker network of the same latents, trained before the other one, which samples are led away from (Karras et al.
+    2024, arXiv 2406.02507)."""
+
+    max_steps: int = key(0, "of its training; 0: no guide", ge=0)
+    backbone: dict[str, Any] = key({}, "what it has other than the backbone, such as {width: 32}")
+
+
 class Sampling(Block):
     sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp3", "unipc", "heun", "ab2", "ab3"] = key(
         "ab2", "of previews; published as the default"
@@ -390,7 +398,7 @@ class Sampling(Block):
         (), "after training, fit the grid of the sampler for each of these numbers of evaluations"
     )
     guidance: float = key(
-        1.0, "away from what the network says without its condition; 1: none, and costs nothing", ge=0
+        1.0, "away from the guide, or else from what the network says without its condition; 1: none", ge=0
     )
     guidance_interval: Interval = key(
         (0.0, 1.0), "guide where sigma / (alpha + sigma) is within: 0 is data, 1 is noise"
@@ -616,6 +624,7 @@ class Stage2(_OnLatents):
     backbone: Annotated[UNet | DiT | UViT | KarrasUNet | Custom, Field(discriminator="name")] = UNet()
     diffusion: Diffusion = Diffusion()
     condition: Condition = Condition()
+    guide: Guide = Guide()
     sampling: Sampling = Sampling()
     optimizer: Optimizer = Optimizer()
     ema: Averages = Averages()
@@ -625,9 +634,10 @@ class Stage2(_OnLatents):
     @field_validator("sampling")
     @classmethod
     def _can_be_guided(cls, sampling: Sampling, info: ValidationInfo) -> Sampling:
-        told = info.data.get("condition")
-        fine = sampling.guidance == 1 or told is None or getattr(told, "class") or told.parameters
-        return _check(sampling, bool(fine), "guidance needs a condition: set condition.class or condition.parameters")
+        told, guide = info.data.get("condition"), info.data.get("guide")
+        by = (told is None or getattr(told, "class") or told.parameters, guide is None or guide.max_steps)
+        what = "guidance needs a guide (guide.max_steps) or a condition (condition.class or condition.parameters)"
+        return _check(sampling, sampling.guidance == 1 or any(by), what)
 
 
 class Paths(Block):

@@ -170,7 +170,7 @@ def finish(module: Distillation, run: Run, made_from: dict[str, str]) -> None:
     """Publish the student as its teacher was, with the autoencoder in it."""
     config, teacher = to_dict(module.config), module.frozen[0]
     published = {
-        **teacher.config,
+        **{key: value for key, value in teacher.config.items() if key != "guide"},  # it has learned guided paths
         "sampling": config["sampling"],
         "precision": teacher.precision,
         "distilled": config["teacher"],

@@ -38,6 +38,8 @@ class Generator:
     defaults    sampler, steps, shift, eta, guidance and its interval that `sample` uses when it is not told; `grids`,
                 {sampler: {steps: times}}, those that `lens-ldm tune-grid` has fitted to the model
     conditions  what lenses can be asked for
+    guide       a weaker denoiser of the same latents and conditions, which samples are led away from (autoguidance) with the
+                default weight, unless `sample` is told another one or another guide
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class Generator:
         precision: str = "fp32",
         defaults: dict[str, Any] | None = None,
         conditions: Conditions | None = None,
+        guide: Denoiser | None = None,
     ) -> None:
         self.autoencoder, self.denoiser, self.precision = autoencoder.eval(), denoiser.eval(), precision
         own: dict[str, Any] = {"sampler": "ddim", "steps": 50, "shift": 1.0, "eta": 0.0, "grids": {}}
         self.defaults = own | {"guidance": 1.0, "guidance_interval": (0.0, 1.0)} | (defaults or {})
         self.conditions = conditions or Conditions()
+        self.guide = None if guide is None else guide.eval()
         self.config: dict[str, Any] = {}
         # A GAN is a denoiser of pure noise, which need not have the shape of latents.
         self.one_step: bool = getattr(denoiser, "one_step", False)
@@ -74,16 +78,23 @@ class Generator:
         else:
             denoiser = build_denoiser(config["backbone"], config["diffusion"], autoencoder.latent_shape, conditions)
         fill(denoiser, parts["denoiser"], "denoiser")
+        guide = None
+        if "guide" in config:
+            network = config["guide"]["backbone"]
+            guide = build_denoiser(network, config["diffusion"], autoencoder.latent_shape, conditions)
+            fill(guide, parts["guide"], "guide")
+            guide.requires_grad_(False)
         generator = cls(
-            autoencoder, denoiser.requires_grad_(False), config["precision"], config["sampling"], conditions
+            autoencoder, denoiser.requires_grad_(False), config["precision"], config["sampling"], conditions, guide
         )
         generator.config = config
         return generator.to(device)
 
     def to(self, device: str) -> "Generator":
         where = choose_device() if device == "auto" else torch.device(device)
-        for part in (self.autoencoder, self.denoiser):
-            part.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for part in (self.autoencoder, self.denoiser, self.guide):
+            if part is not None:
+                part.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     @property
@@ -150,8 +161,9 @@ class Generator:
         shift     of the grid of times; above 1: shorter steps at high noise
         eta       of `ddim`
         times     another grid, falling from `t_max` of the schedule to 0; see `settings`
-        guidance  1: none. Otherwise away from what `guide` says, a weaker model of the same latents, or else from what the
-                  model says when nothing is asked for, see stage2_diffusion/guidance.py; the interval likewise
+        guidance  1: none. Otherwise away from what `guide` says, a weaker model of the same latents; or else from the model's
+                  own guide, if it has one; or else from what it says when nothing is asked for. See
+                  stage2_diffusion/guidance.py; the interval likewise
         observed  False: the clean light, without pixel noise
         latents   True: yield the latents, not decoded
         seen      told at every evaluation what the images of a batch are taken to be, guidance included: latents (n, c, h, w)
@@ -174,15 +186,8 @@ class Generator:
         for start in range(0, len(seeds), batch_size):
             chunk = seeds[start : start + batch_size]
             told, told_guide = (None if c is None else c[start : start + len(chunk)] for c in (conditions, guides))
-            denoise: Denoise = partial(self._denoise, condition=told)
-            if guide is not None:
-                weaker = partial(guide._denoise, condition=told_guide)
-                denoise = autoguidance(denoise, weaker, self.denoiser.schedule, weight, interval)
-            elif told is not None and weight != 1:
-                nothing = self.condition(len(chunk))
-                assert nothing is not None
-                denoise = classifier_free(self._denoise, self.denoiser.schedule, told, nothing, weight, interval)
-            denoise = self._bounded(denoise)
+            weaker = None if guide is None else partial(_denoised, guide.denoiser, condition=told_guide)
+            denoise = self.denoise(told, weight, interval, weaker)
             if seen is not None:
                 denoise = _watched(denoise, seen)
             with autocast(self.device, self.precision):
@@ -222,17 +227,33 @@ class Generator:
         vector = self.conditions.vector(n, cond)
         return None if vector is None else vector.to(self.device)
 
-    def denoise(self, condition: Tensor | None) -> Denoise:
-        """The denoiser under a condition (N, d), as a sampler takes it."""
-        return self._bounded(partial(self._denoise, condition=condition))
+    def denoise(
+        self,
+        condition: Tensor | None,
+        weight: float | None = None,
+        interval: Sequence[float] | None = None,
+        weaker: Denoise | None = None,
+    ) -> Denoise:
+        """The denoiser under a condition (N, d), as a sampler takes it: guided, and with its estimates of x_0 within the range
+        of the data, where there is one.
 
-    def _denoise(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        return self.denoiser(x_t.contiguous(memory_format=torch.channels_last), t, condition)
+        weight, interval   of guidance (default: the model's own where it has a guide, or else none)
+        weaker             what to be guided by (default: the model's own guide, or else what it says without the condition)
 
-    def _bounded(self, denoise: Denoise) -> Denoise:
-        """Estimates of x_0 within the range of the data, where there is one (Ho et al. 2020's code; Saharia et al. 2022, §2.3:
-        static thresholding). A network of pixels that predicts noise needs it: at t = 1 of DDPM's schedule its error is
-        150 times as large in x_0."""
+        A network of pixels that predicts noise needs the range: at t = 1 of DDPM's schedule its error is 150 times as large in
+        x_0 (Ho et al. 2020's code; Saharia et al. 2022, §2.3: static thresholding).
+        """
+        weight = weight if weight is not None else self.require_guidance(None, None, False)
+        interval, schedule = interval or self.defaults["guidance_interval"], self.denoiser.schedule
+        if weaker is None and self.guide is not None:
+            weaker = partial(_denoised, self.guide, condition=condition)
+        denoise: Denoise = partial(_denoised, self.denoiser, condition=condition)
+        if weaker is not None:
+            denoise = autoguidance(denoise, weaker, schedule, weight, interval)
+        elif condition is not None and weight != 1:
+            nothing = self.condition(len(condition))
+            assert nothing is not None
+            denoise = classifier_free(partial(_denoised, self.denoiser), schedule, condition, nothing, weight, interval)
         bounds = self.autoencoder.bounds()
         return denoise if bounds is None else lambda x_t, t: denoise(x_t, t).clamp(*bounds)
 
@@ -240,8 +261,9 @@ class Generator:
         """The weight of the guidance, the model's own where none is given. UserError if there is nothing to guide by, or if
         the guide denoises other latents, or along another schedule."""
         if guide is None:
-            weight = guidance if guidance is not None else self.defaults["guidance"] if asked else 1.0
-            if weight != 1 and not asked:
+            guided = asked or self.guide is not None
+            weight = guidance if guidance is not None else self.defaults["guidance"] if guided else 1.0
+            if weight != 1 and not guided:
                 raise UserError(
                     "guidance needs a condition, such as theta_E, or a weaker model to be guided by (--guide)"
                 )
@@ -275,6 +297,10 @@ class Generator:
         with autocast(self.device, self.precision):
             latents = self.autoencoder.encode(images.to(self.device).contiguous(memory_format=torch.channels_last))
             return self.autoencoder.decode(latents, observed=observed, generator=generators).float().cpu()
+
+
+def _denoised(network: Denoiser, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    return network(x_t.contiguous(memory_format=torch.channels_last), t, condition)
 
 
 def _watched(denoise: Denoise, seen: Callable[[Tensor], object]) -> Denoise:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from shared.autoencoder import Autoencoder
 from shared.checkpoint import fingerprint, load_autoencoder, pretrained, publish, start_from
-from shared.config import to_dict
+from shared.config import changed, to_dict
 from shared.data.cache import LensImages
 from shared.data.symmetries import Turns, apply, apply_each, turns
 from shared.errors import UserError
@@ -32,6 +32,13 @@ from stage2_diffusion.module import DiffusionModule, Latents
 from stage2_diffusion.watch import Distance
 
 FEW = 256  # images that need no progress bar
+
+
+class Guide(NamedTuple):
+    """A trained network that samples are led away from, and the `backbone` of its config."""
+
+    backbone: dict[str, Any]
+    denoiser: Denoiser
 
 
 def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
@@ -63,11 +70,29 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     )
     data = Latents(batches, len(train_split), turned.chances, held_out)
     known = conditions.of(images, held_out_split)
+    guide = None
+    if isinstance(config, Stage2) and config.guide.max_steps:
+        weaker = guide_config(config, run)
+        tqdm.write(f"first the guide, {config.guide.max_steps} steps")
+        trained = module_of(weaker, data, autoencoder, precision, conditions, known)
+        fit(trained, Run(weaker, resume), made_from)
+        guide = Guide(to_dict(weaker)["backbone"], trained.shadow)  # type: ignore[arg-type]
     module = module_of(config, data, autoencoder, precision, conditions, known, distance)
     fit(module, run, made_from)
     if is_main_process():
-        finish(module, autoencoder, autoencoder_config, images, run, precision, made_from)
+        finish(module, autoencoder, autoencoder_config, images, run, precision, made_from, guide)
     return run.model
+
+
+def guide_config(config: Stage2, run: Run) -> Stage2:
+    """The training of the guide of a run, in a folder of the run: as that of the run, but for what `guide` says."""
+    steps = config.guide.max_steps
+    trainer = {"max_steps": steps, "validate_every": steps, "score_every": 0, "compile": False}
+    return changed(config, {
+        "name": "guide", "output": str(run.folder), "pretrained": None, "backbone": config.guide.backbone,
+        "guide": {"max_steps": 0}, "sampling": {"guidance": 1.0}, "ema": {"lengths": []}, "trainer": trainer,
+        "optimizer": {"warmup_steps": min(config.optimizer.warmup_steps, steps // 10)},
+    })  # fmt: skip
 
 
 def autoencoder_of(config: Stage2 | Adversarial, images: LensImages) -> tuple[Autoencoder, dict[str, Any]]:
@@ -179,11 +204,15 @@ def finish(
     run: Run,
     precision: str,
     made_from: dict[str, str],
+    guide: Guide | None = None,
 ) -> None:
     """Publish the shadow network with the autoencoder it belongs to: one path is enough to sample."""
     config = to_dict(module.config)
     module.to(choose_device(config["trainer"]["accelerator"]))
-    network, parts = of_gan(module) if isinstance(module, GANModule) else of_diffusion(module, autoencoder, precision)
+    if isinstance(module, GANModule):
+        network, parts = of_gan(module)
+    else:
+        network, parts = of_diffusion(module, autoencoder, precision, guide)
     published = {
         "autoencoder": autoencoder_config,
         **parts,
@@ -192,10 +221,12 @@ def finish(
         "fingerprint": made_from,
         "training": config,
     }
-    publish_generator(run, autoencoder, network, published, card(published))
+    publish_generator(run, autoencoder, network, published, card(published), guide and guide.denoiser)
 
 
-def of_diffusion(module: DiffusionModule, autoencoder: Autoencoder, precision: str) -> tuple[nn.Module, dict[str, Any]]:
+def of_diffusion(
+    module: DiffusionModule, autoencoder: Autoencoder, precision: str, guide: Guide | None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The network to publish, and what its config says of it."""
     config, sampling = to_dict(module.config), module.config.sampling
     denoiser: Denoiser = module.shadow  # type: ignore[assignment]
@@ -205,7 +236,8 @@ def of_diffusion(module: DiffusionModule, autoencoder: Autoencoder, precision: s
         found = ", ".join(f"{name} {error:.4g}" for name, error in averages.items())
         tqdm.write(f"held-out error of each average, of which the first is published: {found}")
     # Before the model is published: a run that is stopped here has all that it needs to do this again.
-    generator = Generator(autoencoder, denoiser, precision, sampling.model_dump(), module.conditions)
+    weaker = guide and guide.denoiser
+    generator = Generator(autoencoder, denoiser, precision, sampling.model_dump(), module.conditions, weaker)
     generator.to("cpu" if module.config.trainer.accelerator == "cpu" else "auto")
     fitted = {str(steps): tune(generator, sampling.sampler, steps).times for steps in sampling.tune}
     return denoiser, {
@@ -214,6 +246,7 @@ def of_diffusion(module: DiffusionModule, autoencoder: Autoencoder, precision: s
         "sampling": config["sampling"] | {"grids": {sampling.sampler: fitted} if fitted else {}},
         "conditions": module.conditions.to_config(),
         "averages": averages,
+        **({"guide": {"backbone": guide.backbone, "max_steps": config["guide"]["max_steps"]}} if guide else {}),
     }
 
 
@@ -225,11 +258,16 @@ def of_gan(module: GANModule) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def publish_generator(
-    run: Run, autoencoder: Autoencoder, denoiser: nn.Module, config: dict[str, Any], card: str
+    run: Run,
+    autoencoder: Autoencoder,
+    denoiser: nn.Module,
+    config: dict[str, Any],
+    card: str,
+    guide: nn.Module | None = None,
 ) -> None:
     """Write what `Generator.from_pretrained` reads, and say how to sample from it."""
-    state = {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
-    state |= {f"denoiser.{k}": v for k, v in denoiser.state_dict().items()}
+    parts = {"autoencoder": autoencoder, "denoiser": denoiser, **({"guide": guide} if guide is not None else {})}
+    state = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
     publish(run.model, "diffusion", config, state, card)
     tqdm.write(f"{run.model}: `lens-ldm sample {run.folder} --count 64 --out samples` draws lenses from it")
 
@@ -251,6 +289,11 @@ def card(published: dict) -> str:
         )
         names = [entry["name"] for entry in published["conditions"].get("entries", [])]
         asked = f"It can be asked for {', '.join(names)}: `lens-ldm sample FOLDER --help`.\n" if names else ""
+        if guide := published.get("guide"):
+            weight = published["sampling"]["guidance"]
+            asked += (
+                f"Samples are led away, by {weight:g}, from a guide that was trained for {guide['max_steps']} steps.\n"
+            )
     return f"""# {t["name"]}: generator (stage 2 of lens-ldm)
 
 {what} of the latents of `{t["autoencoder"]}`, trained for

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.checkpoint import HALF, HUB, find_run, load, publish
+from shared.checkpoint import HALF, HUB, find_run, load, parts_of, publish
 from shared.cli import Parser, above_zero
 from shared.errors import UserError
 from shared.evaluation.tables import LIT, share_of
@@ -41,6 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--tolerance", type=above_zero, default=0.01, help="default %(default)s of the range")
     parser.add_argument("--scores", type=Path, metavar="FILE", help="default: evaluation/metrics.json of the run")
+    parser.add_argument("--guide", metavar="MODEL", help="a weaker model of the same stage 1, to be kept in this one")
+    parser.add_argument(
+        "--guidance", type=above_zero, metavar="W", help="how far samples are led away from it by default"
+    )
     parser.add_argument("--failure", action="append", default=[], metavar="TEXT", help="one more that is known")
     parser.add_argument("--licence", default="MIT", help="of the weights (default %(default)s)")
     parser.add_argument("--trust", metavar="PACKAGE", help="whose code on this machine the model may run")
@@ -54,6 +58,11 @@ def main(argv: list[str] | None = None) -> None:
     config, state = load(run, "diffusion")
     metrics = read_scores(a.scores or run / "evaluation" / "metrics.json", config["sha256"], a.scores is not None)
     original = Generator.from_pretrained(run, "cpu")
+    if a.guide:
+        metrics = None  # which are of samples without it
+        config, state = guided(original, a.guide, a.guidance, config, state)
+    elif a.guidance is not None:
+        raise UserError("--guidance is how far to lead away from a guide: say which, --guide MODEL")
     cast = at_precision(state, DTYPES[a.dtype])
     difference = disagreement(original, cast) if a.dtype != "fp32" else 0.0
     if difference > a.tolerance:
@@ -76,6 +85,26 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{a.out}: {size / 1e6:.1f} MB of {a.dtype}; clean samples differ by {difference:.2g} of the range at most")
 
 
+def guided(
+    generator: Generator, path: str, weight: float | None, config: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a model with a guide of its own, which the generator has from here on."""
+    guide = Generator.from_pretrained(path, "cpu")
+    weight = generator.require_guidance(weight, guide, False)
+    for what, mine, theirs in (
+        ("conditions", generator.conditions.to_config(), guide.conditions.to_config()),
+        ("prediction", config["diffusion"]["prediction"], guide.config["diffusion"]["prediction"]),
+    ):
+        if mine != theirs:
+            raise UserError(f"{path} has other {what} than the model ({theirs}, {mine}): take a guide trained like it")
+    generator.guide, generator.defaults["guidance"] = guide.denoiser, weight
+    about = {"backbone": guide.config["backbone"], "max_steps": guide.config["training"]["trainer"]["max_steps"]}
+    return (
+        {**config, "guide": about, "sampling": {**config["sampling"], "guidance": weight}},
+        {**state, **{f"guide.{k}": v for k, v in guide.denoiser.state_dict().items()}},
+    )
+
+
 def at_precision(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors with the weights of layers in another type; biases, norms, statistics and the noise law weigh nothing."""
 
@@ -92,8 +121,9 @@ def disagreement(generator: Generator, cast: Mapping[str, Tensor]) -> float:
     """By how much a clean sample changes with the weights, which the generator has from here on: of COMPARED the largest root
     mean square difference, as a share of the range of the pixels."""
     before = generator.images(range(COMPARED), observed=False)
-    for prefix, part in (("autoencoder.", generator.autoencoder), ("denoiser.", generator.denoiser)):
-        part.load_state_dict({k.removeprefix(prefix): v for k, v in cast.items() if k.startswith(prefix)})
+    for name, tensors in parts_of(cast).items():
+        if tensors:
+            getattr(generator, name).load_state_dict(tensors)
     unit = generator.autoencoder.transform.unit
     after = generator.images(range(COMPARED), observed=False)
     return float((unit(after) - unit(before)).square().flatten(1).mean(1).sqrt().max())
@@ -146,6 +176,8 @@ def card(
         ["can be asked for", ", ".join(entry["name"] for entry in entries) or "nothing: unconditional"],
         ["budget", f"{t['trainer']['max_steps']} steps of {t['data']['batch_size']}"],
         ["sampling", drawn],
+        *([["guide", f"trained for {guide['max_steps']} steps; samples are led away from it by {sampling['guidance']:g}"]]
+          if (guide := config.get("guide")) else []),
         ["weights", f"{stored['dtype']}; clean samples differ from those of fp32 by {stored['difference']:.2g} of the "
                     f"range at most ({COMPARED} seeds)"],
     ]  # fmt: skip

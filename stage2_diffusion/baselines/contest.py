@@ -192,18 +192,20 @@ def systems(
 
 
 def within(config: Config, steps: int) -> Config:
-    """The config for so many steps: validated once, saved now and then, and warmed up within a tenth of them."""
+    """The config for so many steps: validated once, saved now and then, and warmed up within a tenth of them. Without the
+    guide, whose training no budget counts."""
     trainer = {
         "max_steps": steps, "validate_every": steps, "score_every": 0,
         "checkpoint_every": max(1, steps // 10), "log_every": max(1, steps // 20),
     }  # fmt: skip
     warmup = {"warmup_steps": min(config.optimizer.warmup_steps, steps // 10)}
-    return changed(config, {"trainer": trainer, "optimizer": warmup})
+    alone = {"guide": {"max_steps": 0}, "sampling": {"guidance": 1.0}} if isinstance(config, Stage2) else {}
+    return changed(config, {"trainer": trainer, "optimizer": warmup, **alone})
 
 
 def dear(config: Config) -> list[tuple[str, Any]]:
     """The keys that a step costs more or less by."""
-    cheap = ("name", "seed", "diffusion", "optimizer", "ema", *HARMLESS)
+    cheap = ("name", "seed", "guide", "diffusion", "optimizer", "ema", *HARMLESS)
     but = ("diffusion.ssim", "optimizer.name", "trainer.checkpoint_gradients")
     return [pair for pair in flatten(to_dict(config)) if not pair[0].startswith(cheap) or pair[0] in but]
 

@@ -56,6 +56,40 @@ def published(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.parametrize("target", [("velocity", "flow"), ("v", "cosine")])
+def test_a_guide_of_its_own_guides_as_one_that_is_given(target: tuple[str, str], tmp_path: Path) -> None:
+    prediction, schedule = target
+    diffusion = {"schedule": schedule, "prediction": prediction, "time": "uniform", "shift": 1.0}
+    strong, weak = untrained(diffusion), untrained(diffusion)
+    for parameter in weak.denoiser.parameters():
+        parameter.data.mul_(0.8)
+    seeds = range(3)
+    plain = strong.images(seeds, steps=4)
+    given = strong.images(seeds, steps=4, guide=weak, guidance=1.5)
+    assert (given - plain).abs().mean() > 1e-3
+
+    defaults = {"sampler": "ddim", "steps": 4, "guidance": 1.5}
+    own = Generator(strong.autoencoder, strong.denoiser, "fp32", defaults, guide=weak.denoiser)
+    torch.testing.assert_close(own.images(seeds), given, rtol=0, atol=0)
+    torch.testing.assert_close(own.images(seeds, guidance=1.0), plain, rtol=0, atol=0)
+    assert own.gflop() > 1.9 * own.gflop(guidance=1.0)
+    other = strong.images(seeds, steps=4, guide=strong, guidance=3.0)  # away from itself: nowhere
+    torch.testing.assert_close(own.images(seeds, guide=strong, guidance=3.0), other, rtol=0, atol=0)
+    x_t, t = torch.randn(2, 1, 8, 8), torch.full((2,), 0.9)
+    expected = weak.denoise(None)(x_t, t) + 1.5 * (strong.denoise(None)(x_t, t) - weak.denoise(None)(x_t, t))
+    low, high = strong.autoencoder.bounds()
+    torch.testing.assert_close(own.denoise(None)(x_t, t), expected.clamp(low, high))  # what a student is taught
+
+    config = {
+        "autoencoder": autoencoder_config(own.autoencoder, {"name": "pixels"}), "backbone": UNET, "diffusion": diffusion,
+        "sampling": defaults, "precision": "fp32", "guide": {"backbone": UNET, "max_steps": 1},
+    }  # fmt: skip
+    parts = {"autoencoder": own.autoencoder, "denoiser": own.denoiser, "guide": weak.denoiser}
+    state = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
+    publish(tmp_path / "model", "diffusion", config, state, "")
+    torch.testing.assert_close(Generator.from_pretrained(tmp_path / "model", "cpu").images(seeds), given)
+
+
 class Wild(nn.Module):
     """A network that is far from right: what it says of the noise leaves x_0 anywhere."""
 

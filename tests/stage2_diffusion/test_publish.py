@@ -26,9 +26,9 @@ DIFFUSION = {"schedule": "flow", "prediction": "velocity", "time": "uniform", "s
 
 def make(folder: Path, seed: int = 0) -> Path:
     """A generator of random weights, published as a run publishes its own."""
-    torch.manual_seed(seed)
     autoencoder = Pixels((1, 8, 8), PixelTransform(-3.0, 3.0))
-    autoencoder.fit_latents([torch.randn(64, 1, 8, 8)])
+    autoencoder.fit_latents([torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))])
+    torch.manual_seed(seed)
     denoiser = build_denoiser(UNET, DIFFUSION, (1, 8, 8))
     state = {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
     state |= {f"denoiser.{k}": v + 0.05 * torch.randn_like(v) for k, v in denoiser.state_dict().items()}
@@ -267,3 +267,34 @@ def test_a_model_is_not_published_if_that_changes_what_it_draws(home: Path, caps
     main(command)  # what was published is replaced
     assert "choose another --out" in fails(capsys, "publish", "run", "--out", "checkpoints/run")
     assert "no metrics.json" in fails(capsys, *command, "--scores", "none.json")
+
+
+def test_a_guide_is_kept_in_the_model_it_guides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    strong, weak = make(Path("strong/model")), make(Path("weak/model"), seed=1)
+    scores(strong)  # of samples without the guide
+    main(["publish", "strong", "--guide", "weak", "--guidance", "1.5", "--out", "guided", "--dtype", "fp32"])
+    generator, apart = Generator.from_pretrained("guided", "cpu"), Generator.from_pretrained("weak", "cpu")
+    given = Generator.from_pretrained(strong, "cpu").images(range(3), guide=apart, guidance=1.5)
+    torch.testing.assert_close(generator.images(range(3)), given, rtol=0, atol=0)
+    assert "scores" not in read_config("guided")
+    assert "led away from it by 1.5" in Path("guided/README.md").read_text()
+
+    main(["publish", "guided", "--out", "half", "--dtype", "bf16", "--tolerance", "0.1"])  # and it stays in it
+    assert load_file("half/model.safetensors")["guide.backbone.stem.weight"].dtype == torch.bfloat16
+    assert Generator.from_pretrained("half", "cpu").defaults["guidance"] == 1.5
+
+    config = json.loads((weak / "config.json").read_text())
+    config["diffusion"]["prediction"] = "v"
+    (weak / "config.json").write_text(json.dumps(config))
+    for options, said in (
+        (["--guide", "weak", "--guidance", "1.5"], "other prediction"),
+        (["--guide", "weak"], "needs a weight"),
+        (["--guidance", "1.5"], "--guide MODEL"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["publish", "strong", *options, "--out", "none"])
+        assert said in capsys.readouterr().err
+        assert not Path("none").exists()
