@@ -70,6 +70,7 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     )
     data = Latents(batches, len(train_split), turned.chances, held_out)
     known = conditions.of(images, held_out_split)
+    module = module_of(config, data, autoencoder, precision, conditions, known, distance)  # what it refuses is told now
     guide = None
     if isinstance(config, Stage2) and config.guide.max_steps:
         weaker = guide_config(config, run)
@@ -77,7 +78,6 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
         trained = module_of(weaker, data, autoencoder, precision, conditions, known)
         fit(trained, Run(weaker, resume), made_from)
         guide = Guide(to_dict(weaker)["backbone"], trained.shadow)  # type: ignore[arg-type]
-    module = module_of(config, data, autoencoder, precision, conditions, known, distance)
     fit(module, run, made_from)
     if is_main_process():
         finish(module, autoencoder, autoencoder_config, images, run, precision, made_from, guide)
