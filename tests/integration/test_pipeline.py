@@ -373,7 +373,8 @@ def test_a_typo_is_told_before_torch_is_imported(tmp_path: Path) -> None:
                           "--loss.feature_matching", "1", "--loss.adversarial_start", "1",
                           "--loss.discriminator_width", "4", "--loss.perceptual", "0.1"]),
         ("stage2_diffusion", ["--config", "stage2/unet.yaml", "--autoencoder", "checkpoints/smoke-stage1",
-                              "--backbone.width", "8", "--backbone.blocks", "1", "--backbone.heads", "1"]),
+                              "--backbone.width", "8", "--backbone.blocks", "1", "--backbone.heads", "1",
+                              "--guide.max_steps", "2"]),
     ],
     ids=["stage1", "stage2"],
 )  # fmt: skip
@@ -385,3 +386,4 @@ def test_two_processes_train_as_torchrun_starts_them(at_home: Path, stage: str, 
     ]  # fmt: skip
     run_two(main, command)
     assert (at_home / f"checkpoints/ddp-{stage}/model/model.safetensors").exists()
+    assert ("guide" in read_config(f"checkpoints/ddp-{stage}")) == (stage == "stage2_diffusion")
