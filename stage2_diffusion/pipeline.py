@@ -52,6 +52,7 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     made_from = {"data": images.fingerprint, "autoencoder": fingerprint(config.autoencoder)}
     made_from |= turned.fingerprint | conditions.fingerprint(images)
     made_from |= pretrained(config.pretrained if isinstance(config, Stage2) else None)
+    weaker = guide_config(config) if isinstance(config, Stage2) and config.guide.max_steps else None
     run = Run(config, resume)
     if run.is_complete(made_from):
         tqdm.write(f"{run.folder} is complete")
@@ -72,9 +73,8 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     known = conditions.of(images, held_out_split)
     module = module_of(config, data, autoencoder, precision, conditions, known, distance)  # what it refuses is told now
     guide = None
-    if isinstance(config, Stage2) and config.guide.max_steps:
-        weaker = guide_config(config, run)
-        tqdm.write(f"first the guide, {config.guide.max_steps} steps")
+    if weaker is not None:
+        tqdm.write(f"first the guide, {weaker.trainer.max_steps} steps")
         trained = module_of(weaker, data, autoencoder, precision, conditions, known)
         fit(trained, Run(weaker, resume), made_from)
         guide = Guide(to_dict(weaker)["backbone"], trained.shadow)  # type: ignore[arg-type]
@@ -84,12 +84,12 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     return run.model
 
 
-def guide_config(config: Stage2, run: Run) -> Stage2:
+def guide_config(config: Stage2) -> Stage2:
     """The training of the guide of a run, in a folder of the run: as that of the run, but for what `guide` says."""
     steps = config.guide.max_steps
     trainer = {"max_steps": steps, "validate_every": steps, "score_every": 0, "compile": False}
     return changed(config, {
-        "name": "guide", "output": str(run.folder), "pretrained": None, "backbone": config.guide.backbone,
+        "name": "guide", "output": str(Path(config.output) / config.name), "pretrained": None, "backbone": config.guide.backbone,
         "guide": {"max_steps": 0}, "sampling": {"guidance": 1.0}, "ema": {"lengths": []}, "trainer": trainer,
         "optimizer": {"warmup_steps": min(config.optimizer.warmup_steps, steps // 10)},
     })  # fmt: skip

@@ -372,7 +372,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", choices=names("sampler"), help="default: the model's")
     parser.add_argument("--shift", type=above_zero, help="of the grid of times; above 1: shorter steps at high noise")
     parser.add_argument("--eta", type=share, help="of ddim: 0 adds no noise on the way, 1 as much as ddpm")
-    parser.add_argument("--guidance", type=zero_or_above, help="away from the model unasked, or from --guide; 1: none")
+    parser.add_argument(
+        "--guidance",
+        type=zero_or_above,
+        help="away from --guide, or the model's own guide, or the model unasked; 1: none",
+    )
     parser.add_argument(
         "--guidance-interval",
         type=two_numbers("LOW,HIGH with 0 <= LOW <= HIGH <= 1", lambda low, high: 0 <= low <= high <= 1),

@@ -283,6 +283,7 @@ def test_a_training_starts_from_a_models_weights(at_home: Path, capsys: pytest.C
     assert differ("checkpoints/encoder-anew", "autoencoder") > 0.01
 
     for options, said in (
+        (["--guide.backbone", "{widht: 8}"], "did you mean 'width'?"),
         (["--pretrained", "checkpoints/smoke-stage1"], "one of stage 2 is needed"),
         (["--pretrained", model, "--backbone.width", "24"], "do not fit"),
         (["--pretrained", model, "--diffusion.prediction", "v"], "--diffusion.prediction velocity"),
