@@ -700,7 +700,7 @@ class Seconds(Block):
 
     simulate: float = key(20, "simulation", gt=0)
     stage1: float = key(200, "training", gt=0)
-    stage2: float = key(240, "training", gt=0)
+    stage2: float = key(270, "training", gt=0)
     samples: float = key(10, "sampling", gt=0)
     evaluate: float = key(100, "scores and report", gt=0)
 
@@ -713,7 +713,10 @@ class Quickstart(Block):
     output: str = key("checkpoints", "folder of runs", min_length=1)
     data: QuickstartData = QuickstartData()
     stage1: QuickstartStage = QuickstartStage(config="stage1/quickstart.yaml")
-    stage2: QuickstartStage = QuickstartStage(config="stage2/quickstart.yaml")
+    stage2: QuickstartStage = QuickstartStage(
+        config="stage2/quickstart.yaml",
+        overrides={"guide": {"max_steps": 400, "backbone": {"width": 32}}, "sampling": {"guidance": 1.5}},
+    )
     samples: Samples = Samples()
     evaluate: Evaluation = Evaluation()
     seconds: Seconds = Seconds()

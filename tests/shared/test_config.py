@@ -193,8 +193,8 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_place(write):
     write("base.yaml", MINIMAL + "backbone: {name: dit, width: 100, dept: 3}\ndiffusion: {schedule: cosine}\n")
     write("run.yaml", "base: base.yaml\ntrainer: {max_steps: soon, precison: fp32}\nlr: 1e-3\n")
     known = (
-        "(known: name, seed, output, data, autoencoder, pixels, backbone, diffusion, condition, sampling, optimizer, ema, "
-        "trainer, logger"
+        "(known: name, seed, output, data, autoencoder, pixels, pretrained, backbone, diffusion, condition, guide, sampling, "
+        "optimizer, ema, trainer, logger"
     )
     trainer = (
         "max_steps, precision, accelerator, channels_last, compile, checkpoint_gradients, accumulate, "
