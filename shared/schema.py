@@ -334,7 +334,10 @@ class Diffusion(Block):
     time_mean: float = key(0.0, "of logit(t), for logit_normal: below 0 trains more at low noise")
     time_std: float = key(1.0, "of logit(t), for logit_normal", gt=0)
     shift: float = key(1.0, "of sigma/alpha; above 1: more of training and sampling at high noise", gt=0)
-    weighting: Literal["uniform", "min_snr"] = key("uniform", "of the loss over t, whatever is predicted")
+    weighting: Literal["uniform", "min_snr", "velocity"] = key(
+        "uniform",
+        "of the loss over t: that of the prediction's own errors, or of those of x_0 or of the velocity they make",
+    )
     gamma: float = key(5.0, "of min_snr: the signal-to-noise ratio from which on no error of x_0 counts more", gt=0)
     ssim: float = key(0.0, "weight of 1 - structural similarity of the estimate of x_0 beside the squared error", ge=0)
     zero_terminal: bool | None = key(None, "t reaches pure noise; null: unless eps is predicted, which needs false")

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from stage2_diffusion.schedule import NoiseSchedule
 
+LEAST = 0.05  # share of noise
+
 
 def target(prediction: str, x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """What the network is asked for, given x_t = alpha x_0 + sigma eps; the shape of x_0.
@@ -41,25 +43,38 @@ def to_x0(prediction: str, out: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tenso
     raise ValueError(f"unknown prediction {prediction!r}; one of eps, x0, v, velocity")
 
 
+def slope(prediction: str, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """By how much `to_x0` moves as the output of the network does, d x_0 / d out but for its sign."""
+    match prediction:
+        case "eps":
+            return sigma / alpha
+        case "x0":
+            return torch.ones_like(sigma)
+        case "v":
+            return sigma / (alpha**2 + sigma**2)
+        case "velocity":
+            return sigma
+    raise ValueError(f"unknown prediction {prediction!r}; one of eps, x0, v, velocity")
+
+
 def min_snr(prediction: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
     """Min-SNR weight of a squared error in the prediction's own space, the shape of alpha (Hang et al. 2023, Eq. 8).
 
-    In x_0 it is min(SNR, gamma) with SNR = (alpha / sigma)². Elsewhere an error counts by what it does to x_0, the
-    square of d x_0 / d out in `to_x0`: so eps has min(SNR, gamma) / SNR, and v, where alpha² + sigma² = 1,
-    min(SNR, gamma) / (SNR + 1).
+    In x_0 it is min(SNR, gamma) with SNR = (alpha / sigma)². Elsewhere an error counts by what it does to x_0: so eps has
+    min(SNR, gamma) / SNR, and v, where alpha² + sigma² = 1, min(SNR, gamma) / (SNR + 1).
     """
-    match prediction:
-        case "eps":
-            slope = sigma / alpha
-        case "x0":
-            slope = torch.ones_like(sigma)
-        case "v":
-            slope = sigma / (alpha**2 + sigma**2)
-        case "velocity":
-            slope = sigma
-        case _:
-            raise ValueError(f"unknown prediction {prediction!r}; one of eps, x0, v, velocity")
-    return (alpha / sigma).square().clamp(max=gamma) * slope**2
+    return (alpha / sigma).square().clamp(max=gamma) * slope(prediction, alpha, sigma) ** 2
+
+
+def of_velocity(prediction: str, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The weight of a squared error in the prediction's own space with which it counts as one of the flow's velocity, the
+    shape of alpha.
+
+    In x_0 it is 1 / c², c = sigma / (alpha + sigma), and below c = LEAST no more than there: a network that says x_0 itself
+    errs as much without noise (Li & He 2025, arXiv 2511.13720, who predict x_0 with it).
+    """
+    c = (sigma / (alpha + sigma)).clamp(min=LEAST)
+    return (slope(prediction, alpha, sigma) / c) ** 2
 
 
 def similarity(estimate: Tensor, x_0: Tensor) -> Tensor:
@@ -88,7 +103,7 @@ class Denoiser(nn.Module):
     time_distribution  of training: uniform, or logit_normal with the given mean and deviation (Esser et al. 2024,
                        §3.1); over 0 ... schedule.t_max, before the schedule's shift. On the flow schedule logit_normal
                        is EDM's log-normal sigma / alpha, of the same mean and deviation (Karras et al. 2022, Table 1)
-    weighting          of the loss: uniform, or min_snr with gamma; see `min_snr`
+    weighting          of the loss: uniform, min_snr with gamma, or velocity; see `min_snr` and `of_velocity`
     ssim               weight in the loss of 1 - `similarity` of the estimate of x_0, at all times alike; 0: none
     groups             widths of the parts of a condition, side by side; a part that holds NaN is not known. None: one part
     always             how many of the first parts no sample loses
@@ -117,8 +132,8 @@ class Denoiser(nn.Module):
             raise ValueError(f"unknown prediction {prediction!r}; one of eps, x0, v, velocity")
         if time_distribution not in ("uniform", "logit_normal"):
             raise ValueError(f"unknown time distribution {time_distribution!r}; one of uniform, logit_normal")
-        if weighting not in ("uniform", "min_snr"):
-            raise ValueError(f"unknown weighting {weighting!r}; one of uniform, min_snr")
+        if weighting not in ("uniform", "min_snr", "velocity"):
+            raise ValueError(f"unknown weighting {weighting!r}; one of uniform, min_snr, velocity")
         if prediction == "velocity" and schedule.name != "flow":
             raise ValueError(f"prediction velocity needs schedule flow, got {schedule.name}; eps, x0 and v go with any")
         alpha, _ = schedule(torch.tensor([schedule.t_max]))
@@ -172,6 +187,8 @@ class Denoiser(nn.Module):
         error = (out - target(self.prediction, x_0, eps, alpha, sigma)).square().flatten(1).mean(1)
         if self.weighting == "min_snr":
             error = error * min_snr(self.prediction, alpha, sigma, self.gamma).flatten()
+        elif self.weighting == "velocity":
+            error = error * of_velocity(self.prediction, alpha, sigma).flatten()
         if self.ssim > 0:
             error = error + self.ssim * (1 - similarity(to_x0(self.prediction, out, x_t, alpha, sigma), x_0))
         return error

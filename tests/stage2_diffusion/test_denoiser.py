@@ -5,7 +5,7 @@ from torch import nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from shared.errors import UserError
-from stage2_diffusion.denoiser import Denoiser, min_snr, similarity, target, to_x0
+from stage2_diffusion.denoiser import Denoiser, min_snr, of_velocity, similarity, target, to_x0
 from stage2_diffusion.generator import build_denoiser
 from stage2_diffusion.schedule import CURVES, NoiseSchedule
 
@@ -100,16 +100,35 @@ def test_min_snr_is_that_of_hang_et_al():
     torch.testing.assert_close(min_snr("velocity", 1 - t, t, 5.0), expected)
 
 
+@pytest.mark.parametrize("prediction", ["x0", "v", "eps", "velocity"])
+def test_errors_weighed_as_velocities_are_those_of_the_velocity_that_the_estimate_of_x_0_makes(prediction):
+    """On the flow (x_t - x_0) / t is the velocity, whatever the network says; and below t = 0.05 none counts more."""
+    t = torch.linspace(0.05, 0.99, 50).double()
+    alpha, sigma = NoiseSchedule("flow", prediction != "eps")(t)
+    x_t, out, delta = torch.randn(3, 50, 1, 1, 1).double()
+    velocities = [(x_t - to_x0(prediction, y, x_t, alpha, sigma)) / sigma for y in (out, out + delta)]
+    weight = of_velocity(prediction, alpha, sigma)
+    torch.testing.assert_close(weight * delta**2, (velocities[1] - velocities[0]) ** 2)
+    if prediction == "velocity":
+        torch.testing.assert_close(weight, torch.ones_like(weight))  # as without weights
+    low = torch.tensor([0.0, 0.001, 0.049], dtype=torch.float64)
+    torch.testing.assert_close(of_velocity("x0", 1 - low, low), torch.full((3,), 400.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "velocity"])
 @pytest.mark.parametrize(("prediction", "schedule"), ALLOWED)
-def test_the_loss_is_weighed_sample_by_sample(prediction, schedule):
+def test_the_loss_is_weighed_sample_by_sample(prediction, schedule, weighting):
     x_0 = torch.randn(64, 2, 3, 3)
     losses = []
-    for weighting in ("uniform", "min_snr"):
-        denoiser = make(prediction, schedule, weighting=weighting, gamma=2.0)
+    for by in ("uniform", weighting):
+        denoiser = make(prediction, schedule, weighting=by, gamma=2.0)
         torch.manual_seed(0)
         losses.append(denoiser.loss(x_0))
     alpha, sigma = denoiser.schedule(denoiser.backbone.t)
-    torch.testing.assert_close(losses[1], losses[0] * min_snr(prediction, alpha, sigma, 2.0).flatten())
+    weights = (
+        of_velocity(prediction, alpha, sigma) if weighting == "velocity" else min_snr(prediction, alpha, sigma, 2.0)
+    )
+    torch.testing.assert_close(losses[1], losses[0] * weights.flatten())
     assert losses[1].isfinite().all()
 
 
@@ -312,7 +331,7 @@ def test_eps_refuses_pure_noise_and_says_what_to_do(schedule):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="unknown prediction 'noise'; one of eps, x0, v, velocity"):
         make("noise")
-    with pytest.raises(ValueError, match="unknown weighting 'snr'; one of uniform, min_snr"):
+    with pytest.raises(ValueError, match="unknown weighting 'snr'; one of uniform, min_snr, velocity"):
         make(weighting="snr")
     with pytest.raises(ValueError, match="unknown time distribution 'normal'"):
         make(time_distribution="normal")
