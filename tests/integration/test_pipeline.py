@@ -286,7 +286,7 @@ def test_a_training_starts_from_a_models_weights(at_home: Path, capsys: pytest.C
         (["--guide.backbone", "{widht: 8}"], "did you mean 'width'?"),
         (["--pretrained", "checkpoints/smoke-stage1"], "one of stage 2 is needed"),
         (["--pretrained", model, "--backbone.width", "24"], "do not fit"),
-        (["--pretrained", model, "--diffusion.prediction", "v"], "--diffusion.prediction velocity"),
+        (["--pretrained", model, "--diffusion.prediction", "v"], "--diffusion.prediction x0"),
         (["--pretrained", "checkpoints/nothing"], "no model at"),
     ):
         assert said in fails(capsys, *again, "--name", "wrong", *options)
