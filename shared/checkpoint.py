@@ -48,6 +48,7 @@ def publish(folder: Path, kind: str, config: dict[str, Any], state: dict[str, Te
         full = {"format": FORMAT, "kind": kind, **config, "versions": versions(), "sha256": sha256(weights)}
         (temporary / "config.json").write_text(json.dumps(full, indent=1) + "\n")
         (temporary / "README.md").write_text(card)
+        weights.chmod((temporary / "README.md").stat().st_mode)  # safetensors leaves it to its owner alone
         for file in temporary.iterdir():
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())

@@ -174,7 +174,8 @@ def card(
         ["latent", f"{height}×{width}×{channels}, by `{spec['name']}`{quantizer}"],
         ["network", network],
         ["can be asked for", ", ".join(entry["name"] for entry in entries) or "nothing: unconditional"],
-        ["budget", f"{t['trainer']['max_steps']} steps of {t['data']['batch_size']}"],
+        ["budget", f"{t['trainer']['max_steps']} steps of {t['data']['batch_size']}"
+                   + (f", from the weights of `{t['pretrained']}`" if t.get("pretrained") else "")],
         ["sampling", drawn],
         *([["guide", f"trained for {guide['max_steps']} steps; samples are led away from it by {sampling['guidance']:g}"]]
           if (guide := config.get("guide")) else []),

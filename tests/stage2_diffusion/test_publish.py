@@ -285,6 +285,7 @@ def test_a_guide_is_kept_in_the_model_it_guides(
     main(["publish", "guided", "--out", "half", "--dtype", "bf16", "--tolerance", "0.1"])  # and it stays in it
     assert load_file("half/model.safetensors")["guide.backbone.stem.weight"].dtype == torch.bfloat16
     assert Generator.from_pretrained("half", "cpu").defaults["guidance"] == 1.5
+    assert len({file.stat().st_mode for file in Path("half").iterdir()}) == 1  # who may read one may read all
 
     config = json.loads((weak / "config.json").read_text())
     config["diffusion"]["prediction"] = "v"
