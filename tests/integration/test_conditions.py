@@ -217,7 +217,9 @@ def test_mistakes_are_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -
     assert not (home / "never").exists()
     wrong = options(home, "wrong")
     assert "did you mean 'theta_E'" in fails(capsys, "train-diffusion", *wrong, "--condition.parameters", "[thetaE]")
-    assert "guidance needs a condition" in fails(capsys, "train-diffusion", *wrong, "--sampling.guidance", "2")
+    assert "guidance needs a guide (guide.max_steps) or a condition" in fails(
+        capsys, "train-diffusion", *wrong, "--sampling.guidance", "2"
+    )
     assert "is there twice" in fails(capsys, "train-diffusion", *wrong, "--condition.parameters", "[theta_E, theta_E]")
 
 

@@ -292,7 +292,7 @@ def test_networks_of_other_options_are_not_filled(model: Path, tmp_path: Path) -
     published["gan"]["noise"] = 7
     (copy / "config.json").write_text(json.dumps(published))
     (copy / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match="the weights of the denoiser do not fit its config"):
+    with pytest.raises(UserError, match="the weights of the denoiser do not fit the config"):
         Generator.from_pretrained(copy, "cpu")
 
 
