@@ -200,6 +200,11 @@ def load(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], dic
     return config, {name: x.float() if x.dtype in HALF.values() else x for name, x in tensors.items()}
 
 
+def state_of(**parts: nn.Module) -> dict[str, Tensor]:
+    """The tensors of several networks as those of one model; `parts_of` has them apart again."""
+    return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state_dict().items()}
+
+
 def parts_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors of a model of stage 2, of its autoencoder, its denoiser and its guide."""
     parts: dict[str, dict[str, Tensor]] = {"autoencoder": {}, "denoiser": {}, "guide": {}}

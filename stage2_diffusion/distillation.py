@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shared.checkpoint import fingerprint
+from shared.checkpoint import fingerprint, state_of
 from shared.config import to_dict
 from shared.data.cache import LensImages
 from shared.errors import UserError
@@ -178,7 +178,8 @@ def finish(module: Distillation, run: Run, made_from: dict[str, str]) -> None:
         "training": {**config, "autoencoder": teacher.config["training"]["autoencoder"]},
     }
     student: Denoiser = module.shadow  # type: ignore[assignment]
-    publish_generator(run, teacher.autoencoder, student, published, card(published))
+    state = state_of(autoencoder=teacher.autoencoder, denoiser=student)
+    publish_generator(run, state, published, card(published))
 
 
 def card(published: dict) -> str:

@@ -178,7 +178,6 @@ class Generator:
         if how["eta"]:
             options["eta"] = how["eta"]
         weight = self.require_guidance(guidance, guide, bool(cond))
-        interval = guidance_interval or self.defaults["guidance_interval"]
         seeds = list(seeds)
         conditions = self.condition(len(seeds), cond)
         shared = {k: v for k, v in (cond or {}).items() if guide is not None and k in guide.conditions.names}
@@ -187,7 +186,7 @@ class Generator:
             chunk = seeds[start : start + batch_size]
             told, told_guide = (None if c is None else c[start : start + len(chunk)] for c in (conditions, guides))
             weaker = None if guide is None else partial(_denoised, guide.denoiser, condition=told_guide)
-            denoise = self.denoise(told, weight, interval, weaker)
+            denoise = self.denoise(told, weight, guidance_interval, weaker)
             if seen is not None:
                 denoise = _watched(denoise, seen)
             with autocast(self.device, self.precision):

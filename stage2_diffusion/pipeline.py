@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shared.autoencoder import Autoencoder
-from shared.checkpoint import fingerprint, load_autoencoder, pretrained, publish, start_from
+from shared.checkpoint import fingerprint, load_autoencoder, pretrained, publish, start_from, state_of
 from shared.config import changed, to_dict
 from shared.data.cache import LensImages
 from shared.data.symmetries import Turns, apply, apply_each, turns
@@ -32,13 +32,7 @@ from stage2_diffusion.module import DiffusionModule, Latents
 from stage2_diffusion.watch import Distance
 
 FEW = 256  # images that need no progress bar
-
-
-class Guide(NamedTuple):
-    """A trained network that samples are led away from, and the `backbone` of its config."""
-
-    backbone: dict[str, Any]
-    denoiser: Denoiser
+UNGUIDED = {"guide": {"max_steps": 0}, "sampling": {"guidance": 1.0}}  # what a config says of a network alone
 
 
 def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
@@ -72,12 +66,12 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     data = Latents(batches, len(train_split), turned.chances, held_out)
     known = conditions.of(images, held_out_split)
     module = module_of(config, data, autoencoder, precision, conditions, known, distance)  # what it refuses is told now
-    guide = None
+    guide: Denoiser | None = None
     if weaker is not None:
         tqdm.write(f"first the guide, {weaker.trainer.max_steps} steps")
         trained = module_of(weaker, data, autoencoder, precision, conditions, known)
         fit(trained, Run(weaker, resume), made_from)
-        guide = Guide(to_dict(weaker)["backbone"], trained.shadow)  # type: ignore[arg-type]
+        guide = trained.shadow  # type: ignore[assignment]
     fit(module, run, made_from)
     if is_main_process():
         finish(module, autoencoder, autoencoder_config, images, run, precision, made_from, guide)
@@ -87,10 +81,10 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
 def guide_config(config: Stage2) -> Stage2:
     """The training of the guide of a run, in a folder of the run: as that of the run, but for what `guide` says."""
     steps = config.guide.max_steps
-    trainer = {"max_steps": steps, "validate_every": steps, "score_every": 0, "compile": False}
     return changed(config, {
-        "name": "guide", "output": str(Path(config.output) / config.name), "pretrained": None, "backbone": config.guide.backbone,
-        "guide": {"max_steps": 0}, "sampling": {"guidance": 1.0}, "ema": {"lengths": []}, "trainer": trainer,
+        **UNGUIDED, "name": "guide", "output": str(Path(config.output) / config.name), "pretrained": None,
+        "backbone": config.guide.backbone, "ema": {"lengths": []},
+        "trainer": {"max_steps": steps, "validate_every": steps, "score_every": 0, "compile": False},
         "optimizer": {"warmup_steps": min(config.optimizer.warmup_steps, steps // 10)},
     })  # fmt: skip
 
@@ -204,7 +198,7 @@ def finish(
     run: Run,
     precision: str,
     made_from: dict[str, str],
-    guide: Guide | None = None,
+    guide: Denoiser | None,
 ) -> None:
     """Publish the shadow network with the autoencoder it belongs to: one path is enough to sample."""
     config = to_dict(module.config)
@@ -221,11 +215,12 @@ def finish(
         "fingerprint": made_from,
         "training": config,
     }
-    publish_generator(run, autoencoder, network, published, card(published), guide and guide.denoiser)
+    beside = {} if guide is None else {"guide": guide}
+    publish_generator(run, state_of(autoencoder=autoencoder, denoiser=network, **beside), published, card(published))
 
 
 def of_diffusion(
-    module: DiffusionModule, autoencoder: Autoencoder, precision: str, guide: Guide | None
+    module: DiffusionModule, autoencoder: Autoencoder, precision: str, guide: Denoiser | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network to publish, and what its config says of it."""
     config, sampling = to_dict(module.config), module.config.sampling
@@ -236,18 +231,20 @@ def of_diffusion(
         found = ", ".join(f"{name} {error:.4g}" for name, error in averages.items())
         tqdm.write(f"held-out error of each average, of which the first is published: {found}")
     # Before the model is published: a run that is stopped here has all that it needs to do this again.
-    weaker = guide and guide.denoiser
-    generator = Generator(autoencoder, denoiser, precision, sampling.model_dump(), module.conditions, weaker)
+    generator = Generator(autoencoder, denoiser, precision, sampling.model_dump(), module.conditions, guide)
     generator.to("cpu" if module.config.trainer.accelerator == "cpu" else "auto")
     fitted = {str(steps): tune(generator, sampling.sampler, steps).times for steps in sampling.tune}
-    return denoiser, {
+    parts = {
         "backbone": config["backbone"],
         "diffusion": config["diffusion"],
         "sampling": config["sampling"] | {"grids": {sampling.sampler: fitted} if fitted else {}},
         "conditions": module.conditions.to_config(),
         "averages": averages,
-        **({"guide": {"backbone": guide.backbone, "max_steps": config["guide"]["max_steps"]}} if guide else {}),
     }
+    if guide is not None:
+        backbone = to_dict(guide_config(module.config))["backbone"]
+        parts["guide"] = {"backbone": backbone, "max_steps": config["guide"]["max_steps"]}
+    return denoiser, parts
 
 
 def of_gan(module: GANModule) -> tuple[nn.Module, dict[str, Any]]:
@@ -257,17 +254,8 @@ def of_gan(module: GANModule) -> tuple[nn.Module, dict[str, Any]]:
     return module.shadow, {"gan": to_dict(module.config)["gan"], "sampling": ONE_STEP, "spread": spread}
 
 
-def publish_generator(
-    run: Run,
-    autoencoder: Autoencoder,
-    denoiser: nn.Module,
-    config: dict[str, Any],
-    card: str,
-    guide: nn.Module | None = None,
-) -> None:
+def publish_generator(run: Run, state: dict[str, Tensor], config: dict[str, Any], card: str) -> None:
     """Write what `Generator.from_pretrained` reads, and say how to sample from it."""
-    parts = {"autoencoder": autoencoder, "denoiser": denoiser, **({"guide": guide} if guide is not None else {})}
-    state = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
     publish(run.model, "diffusion", config, state, card)
     tqdm.write(f"{run.model}: `lens-ldm sample {run.folder} --count 64 --out samples` draws lenses from it")
 

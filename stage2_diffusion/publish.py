@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.checkpoint import HALF, HUB, find_run, load, parts_of, publish
+from shared.checkpoint import HALF, HUB, find_run, load, parts_of, publish, state_of
 from shared.cli import Parser, above_zero
 from shared.errors import UserError
 from shared.evaluation.tables import LIT, share_of
@@ -101,7 +101,7 @@ def guided(
     about = {"backbone": guide.config["backbone"], "max_steps": guide.config["training"]["trainer"]["max_steps"]}
     return (
         {**config, "guide": about, "sampling": {**config["sampling"], "guidance": weight}},
-        {**state, **{f"guide.{k}": v for k, v in guide.denoiser.state_dict().items()}},
+        {**state, **state_of(guide=guide.denoiser)},
     )
 
 

@@ -26,7 +26,7 @@ from shared.evaluation.lenses import lens_fitter, lens_share
 from shared.evaluation.measure import ImageSet, Measured, of_data, of_tensor
 from shared.evaluation.reference import add_options, check_reference, chosen_networks, halves
 from shared.evaluation.scores import compare
-from shared.evaluation.tables import finite, lit_of, share_of
+from shared.evaluation.tables import LENSES, finite, lens_cells
 from shared.files import make_folder, markdown, resumed, write_atomically
 from shared.metrics import fid
 from shared.metrics.lens_fit import LensFitter
@@ -134,7 +134,7 @@ def table(cells: Sequence[Cell]) -> str:
     fitted = any("lenses" in cell for cell in cells)
     header = ["sampler", "evaluations", "GFLOP", "ms", *(f"{metric}, excess" for metric in metrics)]
     header += ["physics over real", "furthest"]
-    rows = [header + ["lenses at the noise level", "lit pixels: lenses, chi²"] * fitted]
+    rows = [header + LENSES * fitted]
     for cell in cells:
         row = [cell["sampler"], str(cell["steps"]), f"{cell['gflop']:.2f}", f"{cell['milliseconds']:.1f}"]
         row += [f"{s['excess']:.2f} (floor {s['floor']:.2f} ± {s['floor_sd']:.2f})" for s in cell["distances"].values()]
@@ -142,7 +142,7 @@ def table(cells: Sequence[Cell]) -> str:
         furthest = max(ratios, key=lambda name: ratios[name])
         row += [f"{typical(ratios.values()):.1f}", f"{furthest.replace('_', ' ')} {ratios[furthest]:.1f}"]
         if fitted:
-            row += [share_of(cell["lenses"]), lit_of(cell["lenses"])]
+            row += lens_cells(cell["lenses"])
         rows.append(row)
     return markdown(rows)
 

@@ -87,13 +87,7 @@ def rows(found: Sequence[Metrics], names: Sequence[str]) -> list[list[str]]:
     trained = any(one.get("training") for one in found)
     header = ["model", *["trained for"] * trained]
     header += [*(f"{m}, excess ({f})" for m, f in zip(metrics, floor, strict=True)), "its decoder alone", "KID × 1000"]
-    header += [
-        f"quantities over {FAR:g} × real",
-        "lenses at the noise level",
-        "lit pixels: lenses, chi²",
-        "told apart, AUC",
-        "copies",
-    ]
+    header += [f"quantities over {FAR:g} × real", *tables.LENSES, "told apart, AUC", "copies"]
     table = [[*header, *COSTS.values()]]
     for name, one in zip(names, found, strict=True):
         cells = [_training(one)] * trained
@@ -109,7 +103,7 @@ def rows(found: Sequence[Metrics], names: Sequence[str]) -> list[list[str]]:
         far = [quantity.replace("_", " ") for quantity in off(physics)]
         cells.append(", ".join(far) if 0 < len(far) <= NAMED else f"{len(far)} of {len(physics)}")
         fits, told, cost = one.get("lens_fits"), one.get("two_sample"), one.get("cost") or {}
-        cells += [tables.share_of(fits["samples"]), tables.lit_of(fits["samples"])] if fits else ["–", "–"]
+        cells += tables.lens_cells(fits["samples"]) if fits else ["–"] * len(tables.LENSES)
         interval = "({:.2f} to {:.2f})".format(*told["samples"]["auc_interval"]) if told else ""
         cells.append(f"{told['samples']['auc']:.2f} {interval}" if told else "–")
         memory = one.get("memory")

@@ -11,6 +11,7 @@ from shared.metrics.physics import spectrum_ratio
 from shared.report import colour_of, panels, rasterise
 
 FEW_PIXELS = 100  # in a bin of the noise curve, which is then left out
+LENSES = ["lenses at the noise level", "lit pixels: lenses, chi²"]  # of a table with a row for each model
 LIT = "_lit"  # of a share of lenses: by the pixels that they light alone
 UNLIKELY = 0.01  # a p value below it is one of another distribution
 
@@ -168,10 +169,10 @@ def share_of(fits: Mapping[str, Any], of: str = "") -> str:
     return f"{fits[f'share{of}']:.0%} of {fits['n']} ({low:.0%} to {high:.0%})"
 
 
-def lit_of(fits: Mapping[str, Any]) -> str:
-    """The share of lenses and the median chi², by the pixels that they light alone."""
+def lens_cells(fits: Mapping[str, Any]) -> list[str]:
+    """What stands under LENSES: the share of lenses, and by the pixels that they light alone the share and the median chi²."""
     share = f"{fits[f'share{LIT}']:.0%}, " if f"share{LIT}" in fits else ""  # which older results do not have
-    return f"{share}{fits[f'chi2{LIT}']:.2f}"
+    return [share_of(fits), f"{share}{fits[f'chi2{LIT}']:.2f}"]
 
 
 def told_apart_rows(two_sample: dict[str, Any]) -> list[list[str]]:

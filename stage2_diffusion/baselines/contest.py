@@ -35,7 +35,7 @@ from shared.schema import Adversarial, Stage2
 from shared.training import fit
 from stage2_diffusion import evaluate, sample
 from stage2_diffusion.module import Latents, steps_alone
-from stage2_diffusion.pipeline import autoencoder_of, conditions_of, module_of, train
+from stage2_diffusion.pipeline import UNGUIDED, autoencoder_of, conditions_of, module_of, train
 
 COUNTED = 3  # steps, at least, whose operations are counted before others are timed
 TIMED, PATIENCE = 60, 15.0  # steps that are timed, or fewer of those that take long [s]
@@ -199,7 +199,7 @@ def within(config: Config, steps: int) -> Config:
         "checkpoint_every": max(1, steps // 10), "log_every": max(1, steps // 20),
     }  # fmt: skip
     warmup = {"warmup_steps": min(config.optimizer.warmup_steps, steps // 10)}
-    alone = {"guide": {"max_steps": 0}, "sampling": {"guidance": 1.0}} if isinstance(config, Stage2) else {}
+    alone = UNGUIDED if isinstance(config, Stage2) else {}
     return changed(config, {"trainer": trainer, "optimizer": warmup, **alone})
 
 

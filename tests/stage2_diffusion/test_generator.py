@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.autoencoder import Pixels
-from shared.checkpoint import amend, autoencoder_config, publish, read_config
+from shared.checkpoint import amend, autoencoder_config, publish, read_config, state_of
 from shared.cli import main
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
@@ -50,8 +50,7 @@ def published(tmp_path: Path) -> Path:
         "autoencoder": autoencoder_config(generator.autoencoder, {"name": "pixels"}), "backbone": UNET,
         "diffusion": diffusion, "sampling": {"sampler": "ab2", "steps": 4, "shift": 3.0}, "precision": "fp32",
     }  # fmt: skip
-    state = {f"autoencoder.{k}": v for k, v in generator.autoencoder.state_dict().items()}
-    state |= {f"denoiser.{k}": v for k, v in generator.denoiser.state_dict().items()}
+    state = state_of(autoencoder=generator.autoencoder, denoiser=generator.denoiser)
     publish(tmp_path / "model", "diffusion", config, state, "")
     return tmp_path / "model"
 
@@ -84,8 +83,7 @@ def test_a_guide_of_its_own_guides_as_one_that_is_given(target: tuple[str, str],
         "autoencoder": autoencoder_config(own.autoencoder, {"name": "pixels"}), "backbone": UNET, "diffusion": diffusion,
         "sampling": defaults, "precision": "fp32", "guide": {"backbone": UNET, "max_steps": 1},
     }  # fmt: skip
-    parts = {"autoencoder": own.autoencoder, "denoiser": own.denoiser, "guide": weak.denoiser}
-    state = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
+    state = state_of(autoencoder=own.autoencoder, denoiser=own.denoiser, guide=weak.denoiser)
     publish(tmp_path / "model", "diffusion", config, state, "")
     torch.testing.assert_close(Generator.from_pretrained(tmp_path / "model", "cpu").images(seeds), given)
 

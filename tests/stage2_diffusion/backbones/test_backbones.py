@@ -13,7 +13,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from shared.autoencoder import Pixels
-from shared.checkpoint import autoencoder_config, publish
+from shared.checkpoint import autoencoder_config, publish, state_of
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.optimizer import build_optimizer
@@ -164,8 +164,7 @@ def test_a_published_model_is_the_one_that_was_trained(name, tmp_path: Path):
     denoiser = build_denoiser(spec(name), blocks, SHAPE, told)
     trained(denoiser.backbone, cond_dim=3)
     assert set(denoiser.backbone.state_dict()) == {key for key, _ in denoiser.backbone.named_parameters()}
-    state = {f"autoencoder.{k}": v for k, v in pixels.state_dict().items()}
-    state |= {f"denoiser.{k}": v for k, v in denoiser.state_dict().items()}
+    state = state_of(autoencoder=pixels, denoiser=denoiser)
     config = {"autoencoder": autoencoder_config(pixels, {"name": "pixels"}), "backbone": spec(name)}
     config |= {"diffusion": blocks, "conditions": told.to_config(), "precision": "fp32", "sampling": {}}
     publish(tmp_path / "model", "diffusion", config, state, "card")

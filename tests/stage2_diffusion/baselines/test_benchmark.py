@@ -15,7 +15,7 @@ from torch import nn
 
 from shared import training
 from shared.autoencoder import Pixels
-from shared.checkpoint import autoencoder_config, publish
+from shared.checkpoint import autoencoder_config, publish, state_of
 from shared.cli import main
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
@@ -50,8 +50,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     autoencoder = Pixels(SHAPE, PixelTransform(-3.0, 3.0))
     autoencoder.fit_latents([torch.randn(64, *SHAPE)])
     denoiser = build_denoiser(UNET, DIFFUSION, SHAPE)
-    state = {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
-    state |= {f"denoiser.{k}": v for k, v in denoiser.state_dict().items()}
+    state = state_of(autoencoder=autoencoder, denoiser=denoiser)
     config = {
         "autoencoder": autoencoder_config(autoencoder, {"name": "pixels"}), "backbone": UNET, "diffusion": DIFFUSION,
         "sampling": {"sampler": "ab2", "steps": 4, "shift": 3.0}, "precision": "fp32",
