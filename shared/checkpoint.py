@@ -287,10 +287,15 @@ def pretrained(path: str | None) -> dict[str, str]:
     return {} if path is None else {"pretrained": fingerprint(path)}
 
 
-def start_from(path: str, network: nn.Module, part: str) -> dict[str, Any]:
+def start_from(path: str, network: nn.Module, part: str, new: str | None = None) -> dict[str, Any]:
     """Give a network the weights of a model's `autoencoder` or `denoiser`; its config. UserError if they are of another
-    network."""
+    network.
+
+    new   layers of this name begin as they are where the model has none
+    """
     config, state = load_part(path, part)
+    if new and not any(new in name for name in state):
+        state = {**{name: tensor for name, tensor in network.state_dict().items() if new in name}, **state}
     fill(network, state, f"{part} of {path}")
     return config
 

@@ -10,7 +10,7 @@ from shared.processes import local_rank
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The precision a model was trained in, for using it outside a Trainer."""
+    """bf16 or fp32, for using a model outside a Trainer."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -47,10 +47,20 @@ def check_device(name: str) -> str:
 
 
 def resolve_precision(precision: str, accelerator: str = "auto") -> str:
-    """auto -> bf16 where the hardware multiplies it, else fp32: on a CPU without such units it is slower, not faster."""
+    """auto -> bf16 where the hardware multiplies it, else fp32."""
     if precision != "auto":
         return precision
-    if choose_device(accelerator).type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if multiplies_bf16(choose_device(accelerator)) else "fp32"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether it has units for bf16: on a CPU without them it is slower than fp32, not faster."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     fast = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return "bf16" if any(check is not None and check() for check in fast) else "fp32"
+    return device.type == "cpu" and any(check is not None and check() for check in fast)
+
+
+def usable_precision(trained: str, device: torch.device) -> str:
+    """What to use a model in that was trained in this precision: fp32 where the device would have to emulate bf16."""
+    return trained if trained == "fp32" or multiplies_bf16(device) else "fp32"

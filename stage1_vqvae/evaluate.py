@@ -38,7 +38,7 @@ from shared.evaluation.tables import finite, score_rows
 from shared.files import make_folder, write_atomically
 from shared.flops import flops
 from shared.metrics import fid
-from shared.precision import autocast, check_device, choose_device
+from shared.precision import autocast, check_device, choose_device, usable_precision
 from shared.report import save_picture
 from shared.simulate.again import Simulation
 from stage1_vqvae.noise import LIT, NoiseLaw
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     device = check_device(a.device)
     config, state = load(a.model, "autoencoder")
     model = cast(VQVAE, build_autoencoder(config["autoencoder"], state))
-    model.to(choose_device() if device == "auto" else device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    where = choose_device() if device == "auto" else torch.device(device)
+    model.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     reference = LensImages(a.reference)
     count = check_reference(model, reference, a.reference, a.count, config["data"]["name"])
     fitted = LensShare(a.preset, reference, min(a.fit, count)) if a.fit else None
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"warning: {a.model} was trained against fd_efflite0 (loss.perceptual): no other model's compares with it"
         )
-    metrics, found = evaluate(model, reference, count, networks, config["precision"], fitted)
+    precision = usable_precision(config["precision"], where)
+    metrics, found = evaluate(model, reference, count, networks, precision, fitted)
     about = {"model": a.model, "weights_sha256": config["sha256"], "reference": str(a.reference)}
     metrics = finite({**about, **metrics, "versions": versions()})
     pictures = draw(metrics, found)

@@ -199,11 +199,12 @@ def samples_of(
 
 
 def made_by(generator: Generator) -> str:
-    """What changes with whatever changes the images of a generator: its weights and configuration, the code, the device."""
+    """What changes with whatever changes the images of a generator: weights, configuration, code, device, precision."""
     config = json.dumps(generator.config, sort_keys=True, default=str)
     decoder = sys.modules[type(generator.autoencoder).__module__.partition(".")[0]]
     code = source(sys.modules[Generator.__module__.partition(".")[0]], decoder)
-    return f"{generator.config['sha256']} {hashlib.sha256(config.encode()).hexdigest()[:16]} {code} {generator.device.type}"
+    where = f"{generator.device.type} {generator.precision}"
+    return f"{generator.config['sha256']} {hashlib.sha256(config.encode()).hexdigest()[:16]} {code} {where}"
 
 
 def guide_of(sampling: Mapping[str, Any], options: argparse.Namespace) -> Generator | None:
@@ -277,7 +278,7 @@ def cost(
     return {
         "gflop": generator.gflop(**options_of(guide, asked, sampling, 1)),
         "milliseconds": 1000 * float(np.median(taken)) / at_once, "at_once": at_once,
-        "device": str(generator.device), "threads": torch.get_num_threads(),
+        "device": str(generator.device), "threads": torch.get_num_threads(), "precision": generator.precision,
     }  # fmt: skip
 
 

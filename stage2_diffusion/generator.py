@@ -17,7 +17,7 @@ from shared import flops
 from shared.autoencoder import Autoencoder
 from shared.checkpoint import build_autoencoder, fill, load, parts_of
 from shared.errors import UserError
-from shared.precision import autocast, choose_device
+from shared.precision import autocast, choose_device, usable_precision
 from shared.registry import build, resolve
 from stage2_diffusion.backbones import custom
 from stage2_diffusion.conditions import Conditions
@@ -34,7 +34,7 @@ LATENT_NOISE, PIXEL_NOISE = 0, 1  # streams of a sample's seed, so that another 
 class Generator:
     """An autoencoder and a denoiser of its latents, ready to sample.
 
-    precision   bf16 or fp32, as in training
+    precision   bf16 (mixed) or fp32
     defaults    sampler, steps, shift, eta, guidance and its interval that `sample` uses when it is not told; `grids`,
                 {sampler: {steps: times}}, those that `lens-ldm tune-grid` has fitted to the model
     conditions  what lenses can be asked for
@@ -62,10 +62,13 @@ class Generator:
         self.noise_shape: tuple[int, ...] = getattr(denoiser, "noise_shape", autoencoder.latent_shape)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str = "auto", trust: str | None = None) -> "Generator":
+    def from_pretrained(
+        cls, path: str | Path, device: str = "auto", trust: str | None = None, precision: str | None = None
+    ) -> "Generator":
         """Load a published model of stage 2 (its folder, or its run's); it carries the autoencoder with it.
 
-        trust   a package on this machine whose code it may run, for a backbone that is a class of its author's own
+        trust       a package on this machine whose code it may run, for a backbone that is a class of its author's own
+        precision   bf16 or fp32 (default: as in training, but fp32 where the device has no units for bf16)
         """
         if trust:
             custom.trust(trust)
@@ -84,17 +87,18 @@ class Generator:
             guide = build_denoiser(network, config["diffusion"], autoencoder.latent_shape, conditions)
             fill(guide, parts["guide"], "guide")
             guide.requires_grad_(False)
-        generator = cls(
-            autoencoder, denoiser.requires_grad_(False), config["precision"], config["sampling"], conditions, guide
-        )
-        generator.config = config
-        return generator.to(device)
-
-    def to(self, device: str) -> "Generator":
         where = choose_device() if device == "auto" else torch.device(device)
+        precision = precision or usable_precision(config["precision"], where)
+        generator = cls(
+            autoencoder, denoiser.requires_grad_(False), precision, config["sampling"], conditions, guide
+        ).to(where)
+        generator.config = config
+        return generator
+
+    def to(self, device: str | torch.device) -> "Generator":
         for part in (self.autoencoder, self.denoiser, self.guide):
             if part is not None:
-                part.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+                part.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     @property

@@ -116,7 +116,7 @@ def module_of(
     if isinstance(config, Stage2):
         network = build_denoiser(blocks["backbone"], blocks["diffusion"], autoencoder.latent_shape, conditions)
         if config.pretrained:
-            theirs = start_from(config.pretrained, network, "denoiser")["diffusion"]
+            theirs = start_from(config.pretrained, network, "denoiser", new=".cond.")["diffusion"]
             for name in ("schedule", "prediction"):
                 if theirs[name] != blocks["diffusion"][name]:
                     raise UserError(
@@ -232,7 +232,7 @@ def of_diffusion(
         tqdm.write(f"held-out error of each average, of which the first is published: {found}")
     # Before the model is published: a run that is stopped here has all that it needs to do this again.
     generator = Generator(autoencoder, denoiser, precision, sampling.model_dump(), module.conditions, guide)
-    generator.to("cpu" if module.config.trainer.accelerator == "cpu" else "auto")
+    generator.to(choose_device(module.config.trainer.accelerator))
     fitted = {str(steps): tune(generator, sampling.sampler, steps).times for steps in sampling.tune}
     parts = {
         "backbone": config["backbone"],

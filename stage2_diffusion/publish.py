@@ -233,7 +233,6 @@ def score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
     if cost.get("gflop"):
         rows.append(["GFLOP a lens", f"{cost['gflop']:.2f}"])
     if cost.get("milliseconds"):
-        rows.append(
-            ["milliseconds a lens", f"{cost['milliseconds']:.1f} ({cost['device']}, threads: {cost['threads']})"]
-        )
+        how = ", ".join([cost["device"], f"threads: {cost['threads']}", cost.get("precision", "")]).rstrip(", ")
+        rows.append(["milliseconds a lens", f"{cost['milliseconds']:.1f} ({how})"])
     return rows

@@ -108,7 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     make_folder(a.out)
     request = {
         "model": str(a.model), "weights_sha256": generator.config["sha256"], **settings, "observed": not a.clean,
-        "first_seed": a.seed, "count": count, **generator.autoencoder.transform.to_config(),
+        "precision": generator.precision, "first_seed": a.seed, "count": count,
+        **generator.autoencoder.transform.to_config(),
     }  # fmt: skip
     if asked:
         values = [[name, given.tolist()] for name, given in sorted(asked.items())]  # a table of that name may change
@@ -350,12 +351,17 @@ def add_model(
     what: str = "folder of a run or of a published model",
     default: str | None = None,
 ) -> None:
-    """Which model (one must be named where there is no default), where it runs, and whose code it may run."""
+    """Which model (one must be named where there is no default), where and how it runs, and whose code it may run."""
     if default is None:
         parser.add_argument("model", help=what)
     else:
         parser.add_argument("model", nargs="?", default=default, help=f"{what} (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=["bf16", "fp32"],
+        help="default: the model's; fp32 where the device has no units for bf16",
+    )
     parser.add_argument(
         "--trust", metavar="PACKAGE", help="whose code on this machine a model may run for its backbone"
     )
@@ -363,7 +369,7 @@ def add_model(
 
 def load_model(options: argparse.Namespace) -> Generator:
     """The model of `add_model`."""
-    return Generator.from_pretrained(options.model, check_device(options.device), options.trust)
+    return Generator.from_pretrained(options.model, check_device(options.device), options.trust, options.precision)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

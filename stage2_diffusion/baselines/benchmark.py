@@ -38,7 +38,7 @@ from shared.checkpoint import read_config, versions
 from shared.cli import Parser, above_zero, positive
 from shared.errors import UserError
 from shared.files import make_folder, markdown, resumed, write_atomically
-from shared.precision import check_device, choose_device
+from shared.precision import check_device, choose_device, usable_precision
 from stage2_diffusion.baselines.systems import OURS, SYSTEMS, TIMESTEPS, Plan, work
 from stage2_diffusion.sample import add_model
 
@@ -87,8 +87,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"training runs on the first GPU that is seen: CUDA_VISIBLE_DEVICES={device.index}, --device cuda"
         )
+    precision = a.precision or usable_precision(config["precision"], device)
     plan = Plan(
-        a.model, "", a.trust, device.type, config["precision"], a.batch or config["training"]["data"]["batch_size"],
+        a.model, "", a.trust, device.type, precision, a.batch or config["training"]["data"]["batch_size"],
         a.lenses, a.pixel_batch, a.pixel_steps,
     )  # fmt: skip
     about = {

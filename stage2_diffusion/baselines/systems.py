@@ -63,7 +63,7 @@ class Plan:
     pixel_steps: int = 2
 
     def generator(self) -> Generator:
-        return Generator.from_pretrained(self.model, self.device, self.trust)
+        return Generator.from_pretrained(self.model, self.device, self.trust, self.precision)
 
 
 class System:

@@ -274,6 +274,13 @@ def test_a_training_starts_from_a_models_weights(at_home: Path, capsys: pytest.C
     assert "pretrained" in read_config("checkpoints/again")["fingerprint"]
     main([*again, "--name", "anew"])
     assert differ("checkpoints/anew", "denoiser") > 0.01
+    # One that is told something begins as the one that was not.
+    told = ["--name", "told", "--condition.parameters", "[theta_E]", "--guide.max_steps", "0"]
+    main([*again, "--pretrained", model, "--autoencoder", model, *told])
+    images = [
+        Generator.from_pretrained(path, "cpu").images(range(2), guidance=1) for path in ("checkpoints/told", model)
+    ]
+    torch.testing.assert_close(*images, rtol=0, atol=1e-4)
 
     encoder = ["train-vqvae", "--config", "checkpoints/smoke-stage1/config.yaml", *still]
     encoder += ["--autoencoder.quantizer.warmup_steps", "0", "--seed", "1"]

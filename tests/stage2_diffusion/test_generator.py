@@ -55,6 +55,24 @@ def published(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.parametrize("units", [True, False])
+def test_a_model_trained_in_bf16_is_used_in_what_the_machine_has(
+    units: bool, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: units, raising=False)
+    assert Generator.from_pretrained(published, "cpu").precision == "fp32"  # as it was trained
+    edited = json.loads((published / "config.json").read_text()) | {"precision": "bf16"}
+    (published / "config.json").write_text(json.dumps(edited))
+    generator = Generator.from_pretrained(published, "cpu")
+    assert generator.precision == ("bf16" if units else "fp32")
+    exact = Generator.from_pretrained(published, "cpu", precision="fp32")
+    assert exact.precision == "fp32"
+    difference = (generator.images(range(4)) - exact.images(range(4))).abs().max()
+    assert bool(difference > 0) == units
+    assert difference < 0.05  # bf16 has eight bits
+
+
 @pytest.mark.parametrize("target", [("velocity", "flow"), ("v", "cosine")])
 def test_a_guide_of_its_own_guides_as_one_that_is_given(target: tuple[str, str], tmp_path: Path) -> None:
     prediction, schedule = target
