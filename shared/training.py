@@ -489,7 +489,8 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str], callbacks: S
     if t.compile:
         module.compiled_part.compile()
     loggers: list[Logger] = [CSVLog(run.folder / "metrics.csv", start)]
-    if is_main_process() and (online := wandb_logger(run.config, run)):
+    online = wandb_logger(run.config, run) if is_main_process() else None
+    if online is not None:
         loggers.append(online)
     checkpoint = Checkpoint(run.config, run, fingerprint)
     trainer = lightning.Trainer(
@@ -512,8 +513,12 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str], callbacks: S
     )
 
     # The exception is Lightning's own, after our checkpoint; it would exit with 0.
-    with checkpoint.listening(), contextlib.suppress(SIGTERMException):
-        trainer.fit(module, ckpt_path=run.last if start else None, weights_only=True)
+    try:
+        with checkpoint.listening(), contextlib.suppress(SIGTERMException):
+            trainer.fit(module, ckpt_path=run.last if start else None, weights_only=True)
+    finally:
+        if online is not None:
+            online.experiment.finish()  # or else the next training of this process, as after a guide's, goes on in its log
     if checkpoint.stopped_by or trainer.global_step < t.max_steps:
         tqdm.write(
             f"{run.config.name} stopped at step {trainer.global_step} of {t.max_steps}; the same command goes on"

@@ -68,9 +68,10 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     module = module_of(config, data, autoencoder, precision, conditions, known, distance)  # what it refuses is told now
     guide: Denoiser | None = None
     if weaker is not None:
-        tqdm.write(f"first the guide, {weaker.trainer.max_steps} steps")
-        trained = module_of(weaker, data, autoencoder, precision, conditions, known)
-        fit(trained, Run(weaker, resume), made_from)
+        trained, its_run = module_of(weaker, data, autoencoder, precision, conditions, known), Run(weaker, resume)
+        if not its_run.last.exists():
+            tqdm.write(f"first the guide, {weaker.trainer.max_steps} steps")
+        fit(trained, its_run, made_from)
         guide = trained.shadow  # type: ignore[assignment]
     fit(module, run, made_from)
     if is_main_process():
@@ -83,7 +84,7 @@ def guide_config(config: Stage2) -> Stage2:
     steps = config.guide.max_steps
     return changed(config, {
         **UNGUIDED, "name": "guide", "output": str(Path(config.output) / config.name), "pretrained": None,
-        "backbone": config.guide.backbone, "ema": {"lengths": []},
+        "backbone": config.guide.backbone, "ema": {"lengths": []}, "logger": {"wandb": "disabled"},
         "trainer": {"max_steps": steps, "validate_every": steps, "score_every": 0, "compile": False},
         "optimizer": {"warmup_steps": min(config.optimizer.warmup_steps, steps // 10)},
     })  # fmt: skip

@@ -159,6 +159,17 @@ def test_killed_after_the_last_step_publishes_the_same_bits(data: Path, tmp_path
     assert (model / "model.safetensors").read_bytes() == whole
 
 
+def test_each_training_of_a_process_has_a_wandb_log_of_its_own(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    short = {"trainer": {"max_steps": 6}, "logger": {"wandb": "offline"}}
+    for name in ("first", "second"):
+        train(config(data, tmp_path, name=name, **short))
+        (log,) = (tmp_path / name / "wandb").glob("offline-run-*/*.wandb")
+        assert b"train/loss" in log.read_bytes()
+
+
 def test_a_complete_run_is_left_alone(data: Path, tmp_path: Path) -> None:
     c = config(data, tmp_path)
     model = train(c)

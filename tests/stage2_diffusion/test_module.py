@@ -24,7 +24,7 @@ from shared.data.normalise import PixelTransform
 from shared.data.symmetries import FORMAT, group
 from shared.run import Run
 from shared.schema import Stage2
-from shared.training import StageModule, fit
+from shared.training import Monitor, StageModule, fit
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.generator import Generator, build_denoiser
@@ -33,6 +33,7 @@ from stage2_diffusion.pipeline import train
 from stage2_diffusion.schedule import NoiseSchedule
 from stage2_diffusion.watch import Distance, Memorisation, gap_z
 from tests.blobs import blobs
+from tests.processes import run_one
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = {
@@ -66,6 +67,33 @@ class Waits(TorchDispatchMode):
         if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             self.steps.add(self.module.trainer.global_step)
         return function(*args, **(kwargs or {}))
+
+
+def dying(step: int, keys: dict[str, Any]) -> None:
+    """Train, and be killed after the first step of this number."""
+    before = Monitor.on_train_batch_end
+
+    def watched(self: Monitor, trainer: Any, *rest: Any) -> None:
+        before(self, trainer, *rest)
+        if trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Monitor.on_train_batch_end = watched  # type: ignore[method-assign]
+    train(load_config(Stage2, [], keys))
+
+
+def test_killed_in_the_training_of_its_guide_and_again_in_its_own_it_ends_bit_identical(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = {"guide": {"max_steps": 8, "backbone": {"width": 4}}}
+    whole = train(config(data, tmp_path / "whole", **guide)) / "model.safetensors"
+    assert "first the guide, 8 steps" in capsys.readouterr().out
+    torn = config(data, tmp_path / "torn", **guide)
+    for step, announced in ((6, True), (10, False)):  # of the guide, which goes on from step 4, and of the network
+        ended = run_one(tmp_path, dying, step, torn.model_dump(mode="json"))
+        assert ended.returncode == -signal.SIGKILL
+        assert ("first the guide" in ended.output) is announced
+    assert (train(torn) / "model.safetensors").read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("planted", [False, True])
