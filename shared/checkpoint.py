@@ -143,7 +143,7 @@ def _from_hub(name: str) -> Path | None:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise UserError(
-            f"no model at {name}: there is no such folder, and to look on the hub takes `pip install 'lens-ldm[hub]'`"
+            f"no model at {name}: there is no such folder, and to look on the hub takes `pip install -e '.[hub]'`"
         ) from error
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(HUB)))

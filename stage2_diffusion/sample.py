@@ -398,6 +398,8 @@ def chosen_settings(
     settings = generator.settings(**{key: getattr(options, key) for key in SETTINGS})
     weight = generator.require_guidance(options.guidance, guide, len(asked) > 0)
     interval = options.guidance_interval or generator.defaults["guidance_interval"]
+    if settings["sampler"] == "consistency" and not generator.one_step and "distilled" not in generator.config:
+        print("warning: sampler consistency is for distilled models: of others it makes blurred means", file=sys.stderr)
     return {**settings, "guidance": weight, "guidance_interval": interval}
 
 

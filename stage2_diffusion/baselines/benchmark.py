@@ -8,7 +8,7 @@ diffusers        a UNet2DModel as large and as dear as our network, trained by d
 diffusers-short  the same, drawing in as many steps as ours
 pixel-ddpm       denoising-diffusion-pytorch at 128 pixels and 1,000 steps, of which a few are timed and multiplied
 
-The last three need `pip install 'lens-ldm[benchmark]'`. Each has a process of its own for training and one for sampling.
+The last three need `pip install -e '.[benchmark]'`. Each has a process of its own for training and one for sampling.
 They take turns, round by round: a machine that is slow for a while is slow for all of them, and the ratios of a round are
 what counts. Writes benchmark.json after each round, and benchmark.md; the same command again goes on where it stopped, with
 more --rounds it adds some. Nothing here needs data: speed does not depend on what is learned.
@@ -129,7 +129,7 @@ def require_libraries(systems: Sequence[str]) -> None:
                 rest = [other for other in others(systems) if package not in str(SYSTEMS[other].libraries)]
                 without = " ".join(["--against", *rest])
                 raise UserError(
-                    f"{name} needs {package.replace('_', '-')}: `pip install 'lens-ldm[benchmark]'`, or leave it out: {without}"
+                    f"{name} needs {package.replace('_', '-')}: `pip install -e '.[benchmark]'`, or leave it out: {without}"
                 )
 
 

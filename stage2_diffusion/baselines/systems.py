@@ -350,7 +350,7 @@ def work(pipe: Connection, name: str, task: str, plan: Plan, threads: int) -> No
             for library in SYSTEMS[name].libraries:
                 import_module(library)
         except ImportError as missing:
-            raise UserError(f"{name} cannot be loaded ({missing}): `pip install 'lens-ldm[benchmark]'`") from missing
+            raise UserError(f"{name} cannot be loaded ({missing}): `pip install -e '.[benchmark]'`") from missing
         before = most_memory("cpu")
         system = SYSTEMS[name](plan)
         getattr(system, task)(partial(next, turns(pipe, system, task, plan.device, before)))

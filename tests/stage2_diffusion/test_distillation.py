@@ -286,3 +286,5 @@ def test_a_users_mistakes_get_one_clear_line(teacher: Path, capsys: pytest.Captu
     assert "cannot be imported" in fails("--teacher", str(foreign), "--trust", "nowhere_to_be_found")
     with pytest.raises(UserError, match="consistency draws noise at every step"):
         tune(Generator.from_pretrained(home / "mine", "cpu"), "consistency", 4)
+    main(["sample", str(home / "mine"), "--count", "1", "--sampler", "consistency", "--out", str(home / "samples")])
+    assert "warning" not in capsys.readouterr().err

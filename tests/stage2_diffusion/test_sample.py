@@ -161,6 +161,15 @@ def test_compiled_samples_are_the_same(model: Path, tmp_path: Path, monkeypatch:
     assert np.allclose(one, other, atol=1e-4)
 
 
+def test_the_sampler_of_distilled_models_is_warned_of(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(model, tmp_path / "usual")
+    assert "warning" not in capsys.readouterr().err
+    draw(model, tmp_path / "blurred", "--sampler", "consistency")
+    assert capsys.readouterr().err.count("warning: sampler consistency is for distilled models") == 1
+
+
 def test_what_was_drawn_before_an_interruption_is_kept(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
