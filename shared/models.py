@@ -79,7 +79,22 @@ def scores_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
         metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     except (OSError, ValueError):
         return None
-    return headline(metrics) if metrics.get("weights_sha256") == config["sha256"] else None
+    its_own = metrics.get("weights_sha256") == config["sha256"] and not drawn_otherwise(metrics, config)
+    return headline(metrics) if its_own else None
+
+
+def drawn_otherwise(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """How the samples of a metrics.json differ from what the model draws unless it is told otherwise, in words; empty if they
+    do not: the same weights make other lenses by another sampler, grid or guidance."""
+    drawn, own = metrics.get("sampling") or {}, config["sampling"]
+    eta = own.get("eta", 0.0) if own["sampler"] == "ddim" else 0.0
+    grid = None if eta else own.get("grids", {}).get(own["sampler"], {}).get(str(own["steps"]))
+    usual = {
+        "sampler": own["sampler"], "steps": own["steps"], "eta": eta, "times": grid,
+        "shift": None if grid else own["shift"], "guide": None, "guidance": own.get("guidance", 1.0),
+        "guidance_interval": list(own.get("guidance_interval", (0.0, 1.0))),
+    }  # fmt: skip
+    return "; ".join(f"{key} {drawn.get(key)}, not {value}" for key, value in usual.items() if drawn.get(key) != value)
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:

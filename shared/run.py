@@ -49,8 +49,11 @@ class Run:
         """
         if not (self.model / "config.json").exists():
             return False
-        self.compare(read_config(self.model).get("fingerprint", {}), fingerprint)
-        return True
+        published = read_config(self.model)
+        self.compare(published.get("fingerprint", {}), fingerprint)
+        # How to sample may be changed afterwards: the same weights are then published again.
+        same = published.get("training", {}).get("sampling") == to_dict(self.config).get("sampling")
+        return same or not self.last.exists()
 
     def compare(self, found: dict[str, str], fingerprint: dict[str, str]) -> None:
         for what in {**fingerprint, **found}:  # what was there and is gone is another one, too

@@ -640,7 +640,9 @@ class Stage2(_OnLatents):
         told, guide = info.data.get("condition"), info.data.get("guide")
         by = (told is None or getattr(told, "class") or told.parameters, guide is None or guide.max_steps)
         what = "guidance needs a guide (guide.max_steps) or a condition (condition.class or condition.parameters)"
-        return _check(sampling, sampling.guidance == 1 or any(by), what)
+        _check(sampling, sampling.guidance == 1 or any(by), what)
+        unused = "a guide (guide.max_steps) is for nothing with guidance 1: set it to 1.25, say, or train none"
+        return _check(sampling, sampling.guidance != 1 or guide is None or not guide.max_steps, unused)
 
 
 class Paths(Block):

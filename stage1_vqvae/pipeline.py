@@ -21,7 +21,7 @@ from shared.run import Run
 from shared.schema import Stage1
 from shared.training import fit
 from stage1_vqvae.module import VALIDATION, VQVAEModule
-from stage1_vqvae.noise import ENOUGH, LIT, estimate_law
+from stage1_vqvae.noise import ENOUGH, LIT, NoiseLaw, estimate_law
 from stage1_vqvae.vqvae import VQVAE
 
 
@@ -77,6 +77,7 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
         "gflop": flops(autoencoder),
     }
     curve: dict[str, list[float]] = {}
+    autoencoder.noise.load_state_dict(NoiseLaw().state_dict())  # `pretrained` brought that of other images
     if config.noise.law != "none":
         law = autoencoder.noise
         if said is not None:  # relative to the law that the decoder was trained beside, here in the data's units

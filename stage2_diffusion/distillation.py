@@ -6,6 +6,7 @@ not from its own estimate a little further on. In latents a path costs little: a
 model the squared error of the end from noise is 0.014, by consistency tuning (Geng et al. 2024) 0.040, the teacher's 0.096.
 """
 
+import json
 from copy import deepcopy
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from stage2_diffusion.samplers import Denoise, Noise, Schedule, SeededNoise, ab2
 HELD_OUT = 64  # noises whose paths are watched
 PREVIEWS = 16
 EXACT = 32  # evaluations of the teacher a watched path
+# Of its config.json: a student has learned guided paths, and nobody has scored it yet.
+OF_THE_TEACHER = ("guide", "scores", "stored", "averages")
 
 
 def distill(config: Distill, resume: str = "auto") -> Path:
@@ -44,7 +47,10 @@ def distill(config: Distill, resume: str = "auto") -> Path:
     if teacher.one_step:
         raise UserError(f"{config.teacher} is a GAN and has no paths to learn: give a diffusion model")
     asked, of_data = conditions_asked(config, teacher)
-    made_from = {"teacher": fingerprint(config.teacher), **of_data}
+    # Its paths are those of its weights and guidance; its images are what the student may have memorised.
+    guidance = [teacher.defaults[key] for key in ("guidance", "guidance_interval")]
+    made_from = {"teacher": fingerprint(config.teacher), "teacher's guidance": json.dumps(guidance)}
+    made_from |= {k: v for k, v in teacher.config.get("fingerprint", {}).items() if k == "data"} | of_data
     run = Run(config, resume)
     if run.is_complete(made_from):
         tqdm.write(f"{run.folder} is complete")
@@ -170,7 +176,7 @@ def finish(module: Distillation, run: Run, made_from: dict[str, str]) -> None:
     """Publish the student as its teacher was, with the autoencoder in it."""
     config, teacher = to_dict(module.config), module.frozen[0]
     published = {
-        **{key: value for key, value in teacher.config.items() if key != "guide"},  # it has learned guided paths
+        **{key: value for key, value in teacher.config.items() if key not in OF_THE_TEACHER},
         "sampling": config["sampling"],
         "precision": teacher.precision,
         "distilled": config["teacher"],

@@ -283,6 +283,10 @@ class Generator:
         schedules = [generator.denoiser.schedule for generator in (self, guide)]
         if len({(schedule.name, schedule.shift) for schedule in schedules}) > 1:
             raise UserError("the guide was trained on another noise schedule (diffusion.schedule, diffusion.shift)")
+        if schedules[1].t_max < schedules[0].t_max:
+            raise UserError(
+                "the guide predicts eps, which says nothing of pure noise, where this model starts: take one that does not"
+            )
         return guidance
 
     def gflop(self, **options: Any) -> float:

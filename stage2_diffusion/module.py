@@ -105,6 +105,7 @@ class DiffusionModule(SampledModule):
         seen = data.batches(torch.arange(min(config.trainer.watched, data.count)))  # none of them turned
         self.seen = (seen[0], seen[1]) if isinstance(seen, tuple) else (seen, None)
         self.memorisation = Memorisation()
+        self.guide: list[Denoiser] = []  # in a list, and so no part of this module: of previews and scores in training
         self.noise: torch.Generator | None = None  # of the loss; None: torch's global one
 
     @property
@@ -124,7 +125,14 @@ class DiffusionModule(SampledModule):
 
     def generator(self, denoiser: Denoiser) -> Generator:
         autoencoder, sampling = self.frozen[0].to(self.device), self.config.sampling.model_dump()
-        return Generator(autoencoder, denoiser, self.sampling_precision, sampling, self.conditions)
+        guide = self.guide[0].to(self.device) if self.guide else None
+        return Generator(autoencoder, denoiser, self.sampling_precision, sampling, self.conditions, guide)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["memorisation"] = vars(self.memorisation)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        vars(self.memorisation).update(checkpoint.get("memorisation", {}))
 
     @torch.no_grad()
     def errors(self, denoiser: Denoiser, latents: Tensor, cond: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from shared.run import Run
 from shared.schema import Adversarial, Custom, Stage2
 from shared.training import fit
 from stage2_diffusion.backbones.custom import trust
+from stage2_diffusion.backbones.layers import Embedding
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.gan import GANModule
@@ -47,6 +48,8 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     made_from |= turned.fingerprint | conditions.fingerprint(images)
     made_from |= pretrained(config.pretrained if isinstance(config, Stage2) else None)
     weaker = guide_config(config) if isinstance(config, Stage2) and config.guide.max_steps else None
+    if weaker is not None and isinstance(weaker.backbone, Custom):
+        trust(weaker.backbone.class_path)
     run = Run(config, resume)
     if run.is_complete(made_from):
         tqdm.write(f"{run.folder} is complete")
@@ -73,6 +76,7 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
             tqdm.write(f"first the guide, {weaker.trainer.max_steps} steps")
         fit(trained, its_run, made_from)
         guide = trained.shadow  # type: ignore[assignment]
+        module.guide = [trained.shadow]  # type: ignore[list-item]
     fit(module, run, made_from)
     if is_main_process():
         finish(module, autoencoder, autoencoder_config, images, run, precision, made_from, guide)
@@ -117,7 +121,12 @@ def module_of(
     if isinstance(config, Stage2):
         network = build_denoiser(blocks["backbone"], blocks["diffusion"], autoencoder.latent_shape, conditions)
         if config.pretrained:
-            theirs = start_from(config.pretrained, network, "denoiser", new=".cond.")["diffusion"]
+            model = start_from(config.pretrained, network, "denoiser", new=".embedding.cond.")
+            if not model.get("conditions"):
+                for module in network.modules():
+                    if isinstance(module, Embedding):
+                        module.mute()
+            theirs = model["diffusion"]
             for name in ("schedule", "prediction"):
                 if theirs[name] != blocks["diffusion"][name]:
                     raise UserError(

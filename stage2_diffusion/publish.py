@@ -23,7 +23,7 @@ from shared.errors import UserError
 from shared.evaluation.tables import LIT, share_of
 from shared.evaluation.verdict import verdict
 from shared.files import markdown
-from shared.models import headline, latent_shape, network_name
+from shared.models import drawn_otherwise, headline, latent_shape, network_name
 from stage2_diffusion.backbones import custom
 from stage2_diffusion.generator import Generator
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{a.out} is there, with {strange[0] or 'a file'}: choose another --out, or delete it")
     run = find_run(a.run)
     config, state = load(run, "diffusion")
-    metrics = read_scores(a.scores or run / "evaluation" / "metrics.json", config["sha256"], a.scores is not None)
+    metrics = read_scores(a.scores or run / "evaluation" / "metrics.json", config, a.scores is not None)
     original = Generator.from_pretrained(run, "cpu")
     if a.guide:
         metrics = None  # which are of samples without it
@@ -101,7 +101,7 @@ def guided(
     about = {"backbone": guide.config["backbone"], "max_steps": guide.config["training"]["trainer"]["max_steps"]}
     return (
         {**config, "guide": about, "sampling": {**config["sampling"], "guidance": weight}},
-        {**state, **state_of(guide=guide.denoiser)},
+        {**{k: v for k, v in state.items() if not k.startswith("guide.")}, **state_of(guide=guide.denoiser)},
     )
 
 
@@ -129,8 +129,8 @@ def disagreement(generator: Generator, cast: Mapping[str, Tensor]) -> float:
     return float((unit(after) - unit(before)).square().flatten(1).mean(1).sqrt().max())
 
 
-def read_scores(path: Path, weights: str, wanted: bool) -> dict[str, Any] | None:
-    """The metrics.json of these weights; None where there is none and none was named."""
+def read_scores(path: Path, config: Mapping[str, Any], wanted: bool) -> dict[str, Any] | None:
+    """The metrics.json of a model's own samples; None where there is none and none was named."""
     if not path.is_file() and not wanted:
         return None
     try:
@@ -138,8 +138,13 @@ def read_scores(path: Path, weights: str, wanted: bool) -> dict[str, Any] | None
         of = metrics.get("weights_sha256")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no metrics.json of `lens-ldm evaluate` ({error})") from error
-    if of != weights:
+    if of != config["sha256"]:
         raise UserError(f"{path} has the scores of other weights: run `lens-ldm evaluate` on this model first")
+    if other := drawn_otherwise(metrics, config):
+        raise UserError(
+            f"{path} has the scores of samples that this model draws otherwise ({other}): run `lens-ldm evaluate` on it "
+            "without such options first"
+        )
     return metrics
 
 

@@ -110,6 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         "model": str(a.model), "weights_sha256": generator.config["sha256"], **settings, "observed": not a.clean,
         "precision": generator.precision, "first_seed": a.seed, "count": count,
         **generator.autoencoder.transform.to_config(),
+        # There also where nothing is asked for: what has them and what has not are two requests.
+        **dict.fromkeys(("conditions", "conditions_sha256", "guide", "guide_sha256")),
     }  # fmt: skip
     if asked:
         values = [[name, given.tolist()] for name, given in sorted(asked.items())]  # a table of that name may change
@@ -294,8 +296,13 @@ def build_parser(conditions: Conditions | None) -> argparse.ArgumentParser:
 def conditions_of_command(argv: list[str]) -> Conditions | None:
     """Of the model that a command line names; None if it names none, which is for the whole parser to say."""
     parser = build_parser(None)
+    known = {option for action in parser._actions for option in action.option_strings}
+    told = [argument for argument in argv if argument not in ("-h", "--help")]
+    # The value of an option that only the model's conditions can explain must not be taken for the model.
+    strange = {k for k, text in enumerate(told) if text.startswith("--") and text.partition("=")[0] not in known}
+    values = {k + 1 for k in strange if "=" not in told[k] and not "".join(told[k + 1 : k + 2]).startswith("--")}
     try:
-        a, _ = parser.parse_known_args([argument for argument in argv if argument not in ("-h", "--help")])
+        a, _ = parser.parse_known_args([text for k, text in enumerate(told) if k not in strange | values])
     except UserError:
         return None
     return Conditions.from_config(read_config(a.model, "diffusion").get("conditions", {}))

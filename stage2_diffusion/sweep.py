@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from shared.checkpoint import find_run
 from shared.cli import Parser, above_zero, guard, positive
 from shared.data.cache import LensImages
 from shared.evaluation.judge import fittable
@@ -62,11 +63,13 @@ def main(argv: list[str] | None = None) -> None:
     seeds = seed_range(a.seed, n)
     fitter = lens_fitter(a.preset, reference)[0] if a.fit else None
     about = {
-        "model": generator.config["sha256"], "grids": generator.defaults["grids"], "reference": reference.fingerprint,
+        "model": generator.config["sha256"], "sampling": generator.defaults, "precision": generator.precision,
+        "reference": reference.fingerprint,
         "n": n, "seed": a.seed, "shift": a.shift, "fit": [fitter.preset.name, a.fit] if fitter else None,
         "networks": [network.metric for network in networks],
     }  # fmt: skip
-    out = a.out or Path(a.model) / "sweep"
+    about = json.loads(json.dumps(about))  # as a file would give it back
+    out = a.out or find_run(a.model) / "sweep"
     make_folder(out)
     cells = read(out / "sweep.json", about)
     todo = [(s, k) for s in dict.fromkeys(samplers) for k in sorted(set(a.steps)) if (s, k) not in cells]

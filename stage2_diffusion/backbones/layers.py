@@ -24,17 +24,18 @@ class Waves(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Time (N,) in [0, 1] and condition (N, cond_dim), or None where cond_dim is 0, as one vector (N, width).
-
-    The condition is not heard at first, so that a network which starts from one without conditions starts as that one.
-    """
+    """Time (N,) in [0, 1] and condition (N, cond_dim), or None where cond_dim is 0, as one vector (N, width)."""
 
     def __init__(self, width: int, cond_dim: int = 0, frequencies: int = 64):
         super().__init__()
         self.waves = Waves(frequencies)
         self.time = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        last = zeroed(nn.Linear(width, width))
-        self.cond = nn.Sequential(nn.Linear(cond_dim, width), nn.SiLU(), last) if cond_dim else None
+        self.cond = nn.Sequential(nn.Linear(cond_dim, width), nn.SiLU(), nn.Linear(width, width)) if cond_dim else None
+
+    def mute(self) -> None:
+        """Let the condition begin as nothing, for a network with the weights of one that has none."""
+        if self.cond is not None:
+            zeroed(self.cond[-1])  # type: ignore[arg-type]
 
     def parts(self, t: Tensor, cond: Tensor | None) -> list[Tensor]:
         """One vector (N, width) for the time and, where there is one, one for the condition."""

@@ -17,6 +17,7 @@ from shared.metrics.obedience import obedience
 from shared.metrics.use import use
 from shared.report import read_metrics
 from stage2_diffusion.generator import Generator
+from stage2_diffusion.schedule import NoiseSchedule
 
 pytestmark = pytest.mark.slow
 COUNT, SIDE = 400, 6
@@ -143,6 +144,10 @@ def test_a_guide_must_share_latents_and_schedule(home: Path, generator: Generato
     other.denoiser.schedule.shift = 2.0
     with pytest.raises(UserError, match="another noise schedule"):
         generator.images([0], guide=other, guidance=1.5)
+    other = Generator.from_pretrained(home / "weak", "cpu")
+    other.denoiser.schedule = NoiseSchedule("flow", zero_terminal=False)
+    with pytest.raises(UserError, match="predicts eps"):
+        generator.images([0], guide=other, guidance=1.5)
 
 
 def test_the_command_line_asks_and_samples_remember(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +172,11 @@ def test_the_command_line_asks_and_samples_remember(home: Path, capsys: pytest.C
     with np.load(out / "samples.npz", allow_pickle=False) as file:
         np.testing.assert_allclose(file["images"], first["images"], atol=1e-5)
     assert capsys.readouterr().err.count("warning") == 0
+    # Options may come first; and lenses that were asked for are not those that nothing is asked of.
+    for asked in (["--theta-E", "1.2"], []):
+        main(["sample", *asked, model, "--count", "2", "--out", str(home / "either")])
+        with np.load(home / "either" / "samples.npz", allow_pickle=False) as file:
+            assert ("condition_theta_E" in file) is bool(asked)
     main(["sample", model, "--theta_E=-3:-2", "--count", "1", "--out", str(out)])
     main(["sample", model, "--theta-E", "-3:-2", "--count", "1", "--out", str(out), "--guide", str(home / "weak"),
           "--guidance", "1.2"])  # fmt: skip
@@ -219,6 +229,9 @@ def test_mistakes_are_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -
     assert "did you mean 'theta_E'" in fails(capsys, "train-diffusion", *wrong, "--condition.parameters", "[thetaE]")
     assert "guidance needs a guide (guide.max_steps) or a condition" in fails(
         capsys, "train-diffusion", *wrong, "--sampling.guidance", "2"
+    )
+    assert "a guide (guide.max_steps) is for nothing with guidance 1" in fails(
+        capsys, "train-diffusion", *wrong, "--guide.max_steps", "2"
     )
     assert "is there twice" in fails(capsys, "train-diffusion", *wrong, "--condition.parameters", "[theta_E, theta_E]")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.autoencoder import Pixels
-from shared.checkpoint import load, publish
+from shared.checkpoint import amend, load, publish
 from shared.cli import main
 from shared.config import load_config
 from shared.data.cache import CacheWriter, LensImages
@@ -139,10 +139,15 @@ def settings(teacher: Path, name: str = "student", **trainer: object) -> Distill
 
 @pytest.mark.slow
 def test_a_student_is_published_as_its_teacher_is_and_says_whose_it_is(teacher: Path) -> None:
+    amend(teacher, "diffusion", {"scores": {"fd_efflite0": {"excess": 0.0, "n": 9}}, "stored": {"dtype": "bf16"}})
     folder = distill(settings(teacher))
     student, before = Generator.from_pretrained(folder, "cpu"), Generator.from_pretrained(teacher, "cpu")
     assert student.config["distilled"] == str(teacher)
-    assert student.config["fingerprint"] == {"teacher": before.config["sha256"]}
+    assert student.config["fingerprint"] == {
+        "teacher": before.config["sha256"], "teacher's guidance": "[1.0, [0.0, 1.0]]",
+        "data": before.config["fingerprint"]["data"],  # what it may have memorised
+    }  # fmt: skip
+    assert not {"scores", "stored"} & student.config.keys()
     assert student.config["data"] == before.config["data"]
     assert (student.defaults["sampler"], student.defaults["steps"]) == ("consistency", 2)
     inside, outside = student.autoencoder.state_dict(), before.autoencoder.state_dict()

@@ -82,10 +82,38 @@ def dying(step: int, keys: dict[str, Any]) -> None:
     train(load_config(Stage2, [], keys))
 
 
+def test_how_to_sample_may_be_changed_after_the_training(data: Path, tmp_path: Path) -> None:
+    model = train(config(data, tmp_path))
+    weights, before = (model / "model.safetensors").read_bytes(), read_config(model)
+    train(config(data, tmp_path, sampling={"steps": 3, "shift": 2.0}))
+    after = read_config(model)
+    assert (before["sampling"]["steps"], after["sampling"]["steps"], after["sampling"]["shift"]) == (8, 3, 2.0)
+    assert (model / "model.safetensors").read_bytes() == weights
+    (tmp_path / "run" / "last.ckpt").unlink()  # then there is nothing to publish again
+    train(config(data, tmp_path, sampling={"steps": 5}))
+    assert read_config(model)["sampling"]["steps"] == 3
+
+
+def test_previews_are_guided_as_samples_will_be(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Generator] = []
+    monkeypatch.setattr(
+        "stage2_diffusion.module.save_previews", lambda folder, step, generator, *rest: shown.append(generator)
+    )
+    guide = {"guide": {"max_steps": 4, "backbone": {"width": 4}}, "sampling": {"guidance": 1.5}}
+    model = train(config(data, tmp_path, **guide))
+    own, network = shown  # the guide's own, and the network's
+    assert own.guide is None
+    published = Generator.from_pretrained(model, "cpu")
+    assert network.guide is not None
+    assert published.guide is not None
+    weights = published.guide.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in network.guide.state_dict().items())
+
+
 def test_killed_in_the_training_of_its_guide_and_again_in_its_own_it_ends_bit_identical(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    guide = {"guide": {"max_steps": 8, "backbone": {"width": 4}}}
+    guide = {"guide": {"max_steps": 8, "backbone": {"width": 4}}, "sampling": {"guidance": 1.5}}
     whole = train(config(data, tmp_path / "whole", **guide)) / "model.safetensors"
     assert "first the guide, 8 steps" in capsys.readouterr().out
     torn = config(data, tmp_path / "torn", **guide)
@@ -241,6 +269,19 @@ def test_memorisation_is_told_once_and_only_where_the_errors_part() -> None:
         True,
         False,
     ]
+
+
+def test_a_resumed_run_remembers_what_was_told_of_memorisation(data: Path, tmp_path: Path) -> None:
+    c = config(data, tmp_path, trainer={"max_steps": 4, "validate_every": 2, "checkpoint_every": 2})
+    assert run_one(tmp_path, dying, 3, c.model_dump(mode="json")).returncode == -signal.SIGKILL
+    last = tmp_path / "run" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    assert saved["global_step"] == 2
+    assert saved["memorisation"]["best"] is not None
+    saved["memorisation"]["told"] = True
+    torch.save(saved, last)
+    train(c)
+    assert torch.load(last, weights_only=True)["memorisation"]["told"]
 
 
 def small_blobs(count: int, seed: int) -> Tensor:

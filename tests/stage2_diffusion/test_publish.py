@@ -24,16 +24,17 @@ UNET = {"name": "unet", "width": 8, "multipliers": [1], "blocks": 1, "attention"
 DIFFUSION = {"schedule": "flow", "prediction": "velocity", "time": "uniform", "shift": 1.0}
 
 
-def make(folder: Path, seed: int = 0) -> Path:
+def make(folder: Path, seed: int = 0, blocks: int = 1) -> Path:
     """A generator of random weights, published as a run publishes its own."""
     autoencoder = Pixels((1, 8, 8), PixelTransform(-3.0, 3.0))
     autoencoder.fit_latents([torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))])
     torch.manual_seed(seed)
-    denoiser = build_denoiser(UNET, DIFFUSION, (1, 8, 8))
+    unet = {**UNET, "blocks": blocks}
+    denoiser = build_denoiser(unet, DIFFUSION, (1, 8, 8))
     state = {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
     state |= {f"denoiser.{k}": v + 0.05 * torch.randn_like(v) for k, v in denoiser.state_dict().items()}
     config = {
-        "autoencoder": autoencoder_config(autoencoder, {"name": "pixels"}), "backbone": UNET, "diffusion": DIFFUSION,
+        "autoencoder": autoencoder_config(autoencoder, {"name": "pixels"}), "backbone": unet, "diffusion": DIFFUSION,
         "sampling": {"sampler": "ab2", "steps": 4, "shift": 3.0}, "precision": "fp32",
         "data": {"name": "noise", "images": 64},
         "training": {
@@ -55,7 +56,9 @@ def scores(model: Path, **more: Any) -> None:
         "distances": {"fd_efflite0": {"samples": one, "reconstructions": one}}, "physics": {"samples": physics},
         "spectrum": {"k": [0.1], "samples": {"mean": [1.0], "mean_low": [0.9], "mean_high": [1.1]}},
         "population": {"samples": {}}, "lens_fits": {"samples": share, "real": real},
-        "cost": {"gflop": 0.25, "milliseconds": 7.5, "device": "cpu", "threads": 2}, **more,
+        "cost": {"gflop": 0.25, "milliseconds": 7.5, "device": "cpu", "threads": 2},
+        "sampling": {"sampler": "ab2", "steps": 4, "shift": 3.0, "eta": 0.0, "times": None, "guidance": 1.0,
+                     "guidance_interval": [0.0, 1.0], "first_seed": 0}, **more,
     }  # fmt: skip
     folder = model.parent / "evaluation"
     folder.mkdir(exist_ok=True)
@@ -261,6 +264,17 @@ def test_a_model_is_not_published_if_that_changes_what_it_draws(home: Path, caps
         at_precision({"a.weight": torch.tensor([[1e6]])}, torch.float16)
     scores(model, weights_sha256="of others")
     assert "scores of other weights" in fails(capsys, *command)
+    usual = json.loads((home / "checkpoints/run/evaluation/metrics.json").read_text())["sampling"]
+    for other, said in (
+        ({"steps": 50}, "steps 50, not 4"),
+        ({"guide": "weak", "guidance": 1.5}, "guide weak, not None; guidance 1.5, not 1.0"),
+        ({"times": [1.0, 0.5, 0.2, 0.1, 0.0], "shift": None}, "shift None, not 3.0"),  # by a grid that it has no more
+    ):
+        scores(model, sampling={**usual, **other})
+        assert said in fails(capsys, *command)
+        main(["models"])
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| run "))
+        assert "0.50 (100)" not in line
     (home / "checkpoints/run/evaluation/metrics.json").unlink()
     main(command)
     assert "Not scored yet" in (home / "shared" / "README.md").read_text()
@@ -286,6 +300,16 @@ def test_a_guide_is_kept_in_the_model_it_guides(
     assert load_file("half/model.safetensors")["guide.backbone.stem.weight"].dtype == torch.bfloat16
     assert Generator.from_pretrained("half", "cpu").defaults["guidance"] == 1.5
     assert len({file.stat().st_mode for file in Path("half").iterdir()}) == 1  # who may read one may read all
+
+    make(Path("deeper/model"), seed=2, blocks=2)
+    for first, second in (("weak", "deeper"), ("deeper", "weak")):  # another guide in the place of one
+        main(["publish", "strong", "--guide", first, "--guidance", "1.5", "--out", f"by-{first}", "--dtype", "fp32"])
+        main(["publish", f"by-{first}", "--guide", second, "--guidance", "1.2", "--out", f"{first}-{second}",
+              "--tolerance", "0.1"])  # fmt: skip
+        found = Generator.from_pretrained(f"{first}-{second}", "cpu").images(range(3))
+        guide = Generator.from_pretrained(second, "cpu")
+        given = Generator.from_pretrained(strong, "cpu").images(range(3), guide=guide, guidance=1.2)
+        torch.testing.assert_close(found, given, rtol=0, atol=0.2)  # bf16
 
     config = json.loads((weak / "config.json").read_text())
     config["diffusion"]["prediction"] = "v"

@@ -119,6 +119,10 @@ def test_only_what_is_missing_or_damaged_or_of_another_request_is_drawn_again(
     draw(model, tmp_path, "--shard", "1/2")
     draw(model, tmp_path, "--shard", "2/2", "--clean")
     assert [seeds[0] for seeds in drawn[2:]] == [5, 10]
+    guided = ["--guide", str(model), "--guidance", "1"]  # nothing else is told otherwise
+    for more in (guided, [], guided):
+        draw(model, tmp_path, "--shard", "2/2", *more)
+    assert [seeds[0] for seeds in drawn[4:]] == [10, 10, 10]
     assert not [*tmp_path.glob(".*"), *tmp_path.glob("unfinished*")]  # no leftovers
 
 
