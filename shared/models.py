@@ -99,8 +99,8 @@ def drawn_otherwise(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> st
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What a table of models says of a metrics.json of `lens-ldm evaluate`: its distances of samples by their names (each
-    with n), lenses {share, interval, n; by lit pixels alone share_lit, interval_lit}, and the cost of a lens (gflop,
-    milliseconds, device, threads)."""
+    with n), lenses {share, interval, n; by lit pixels alone share_lit, interval_lit}, what was asked for and found in them
+    {parameter: {n, bias, scatter, r2}}, and the cost of a lens (gflop, milliseconds, device, threads, precision)."""
     keys = ("distance", "floor", "floor_sd", "excess", "n")
     found: dict[str, Any] = {
         metric: {key: scores["samples"][key] for key in keys} for metric, scores in metrics["distances"].items()
@@ -109,4 +109,6 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
         kept = ("share", "interval", "share_lit", "interval_lit", "n")
         for name, of in (("lenses", "samples"), ("real_lenses", "real")):
             found[name] = {key: fits[of][key] for key in kept if key in fits[of]}
+        if asked := fits["samples"].get("parameters"):
+            found["asked"] = asked
     return {**found, "reference": Path(metrics["reference"]).name, "cost": metrics.get("cost") or {}}

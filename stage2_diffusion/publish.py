@@ -20,7 +20,7 @@ from torch import Tensor
 from shared.checkpoint import HALF, HUB, find_run, load, parts_of, publish, state_of
 from shared.cli import Parser, above_zero
 from shared.errors import UserError
-from shared.evaluation.tables import LIT, share_of
+from shared.evaluation.tables import LIT, obeyed, share_of
 from shared.evaluation.verdict import verdict
 from shared.files import markdown
 from shared.models import drawn_otherwise, headline, latent_shape, network_name
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     run = find_run(a.run)
     config, state = load(run, "diffusion")
     metrics = read_scores(a.scores or run / "evaluation" / "metrics.json", config, a.scores is not None)
-    original = Generator.from_pretrained(run, "cpu")
+    original = Generator.from_pretrained(run, "cpu", precision="fp32")  # or else bf16 would hide what rounding does
     if a.guide:
         metrics = None  # which are of samples without it
         config, state = guided(original, a.guide, a.guidance, config, state)
@@ -172,6 +172,11 @@ def card(
     channels, height, width = latent_shape(config["autoencoder"])
     image = "×".join(map(str, config["autoencoder"]["image_shape"][1:]))
     spec, entries = config["autoencoder"]["spec"], config.get("conditions", {}).get("entries", [])
+    asked = (
+        f"    lens-ldm sample {name} --list-conditions                   # what lenses can be asked to be\n"
+        if entries
+        else ""
+    )
     quantizer = f" with quantiser `{spec['quantizer']['name']}`" if "quantizer" in spec else ""
     rows = [
         ["", ""],
@@ -204,12 +209,12 @@ A latent diffusion model of strong gravitational lenses, of lens-ldm. config.jso
 autoencoder is in the same file as the network.
 
     lens-ldm sample {name} --count 64 --out samples
-
+{asked}
 {markdown(rows)}
 
 ## Scores
 
-Of the weights in fp32, by `lens-ldm evaluate`; the floor is what real images score against others,
+Of the weights before they were rounded, by `lens-ldm evaluate`; the floor is what real images score against others,
 that is images of the data set that no training saw.
 
 {scored}
@@ -234,6 +239,8 @@ def score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
             if f"share{of}" in scores["lenses"]:
                 real = f"of real images {scores['real_lenses'][f'share{of}']:.0%}"
                 rows.append([label, f"{share_of(scores['lenses'], of)}; {real}"])
+    for name, found in scores.get("asked", {}).items():
+        rows.append([f"{name} as asked: bias ± scatter, R²", f"{obeyed(found)} (n = {found['n']})"])
     cost = scores["cost"]
     if cost.get("gflop"):
         rows.append(["GFLOP a lens", f"{cost['gflop']:.2f}"])

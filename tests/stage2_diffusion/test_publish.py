@@ -48,7 +48,8 @@ def make(folder: Path, seed: int = 0, blocks: int = 1) -> Path:
 def scores(model: Path, **more: Any) -> None:
     """An evaluation of a run, as `lens-ldm evaluate` leaves it."""
     one = {"distance": 1.5, "floor": 1.0, "floor_sd": 0.1, "excess": 0.5, "n": 100}
-    share = {"n": 50, "share": 0.8, "interval": [0.67, 0.89], "share_lit": 0.5, "interval_lit": [0.37, 0.63]}
+    share = {"n": 50, "share": 0.8, "interval": [0.67, 0.89], "share_lit": 0.5, "interval_lit": [0.37, 0.63],
+             "parameters": {"theta_E": {"n": 49, "bias": 0.01, "scatter": 0.05, "r2": 0.95}}}  # fmt: skip
     real = {"n": 50, "share": 0.96, "interval": [0.87, 0.99], "share_lit": 0.94, "interval_lit": [0.84, 0.98]}
     physics = {"flux": {"w1": 3.0, "floor": 1.0, "ratio": 3.0, "p_holm": 1e-6}}
     metrics = {
@@ -56,7 +57,7 @@ def scores(model: Path, **more: Any) -> None:
         "distances": {"fd_efflite0": {"samples": one, "reconstructions": one}}, "physics": {"samples": physics},
         "spectrum": {"k": [0.1], "samples": {"mean": [1.0], "mean_low": [0.9], "mean_high": [1.1]}},
         "population": {"samples": {}}, "lens_fits": {"samples": share, "real": real},
-        "cost": {"gflop": 0.25, "milliseconds": 7.5, "device": "cpu", "threads": 2},
+        "cost": {"gflop": 0.25, "milliseconds": 7.5, "device": "cpu", "threads": 2, "precision": "fp32"},
         "sampling": {"sampler": "ab2", "steps": 4, "shift": 3.0, "eta": 0.0, "times": None, "guidance": 1.0,
                      "guidance_interval": [0.0, 1.0], "first_seed": 0}, **more,
     }  # fmt: skip
@@ -169,7 +170,7 @@ def test_nothing_else_is_asked_of_the_hub(home: Path, hub: list[tuple[str, Any]]
 
 def test_without_the_package_the_hub_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"lens-ldm\[hub\]"):
+    with pytest.raises(UserError, match=r"\.\[hub\]"):
         find_model("someone/lenses")
 
 
@@ -245,7 +246,9 @@ def test_a_published_model_is_smaller_and_draws_the_same(
     assert "80% of 50 (67% to 89%); of real images 96%" in text
     assert "by the pixels they light alone" in text
     assert "50% of 50 (37% to 63%); of real images 94%" in text
-    assert "7.5 (cpu, threads: 2)" in text
+    assert "theta_E as asked" in text
+    assert "0.010 ± 0.050, 0.950 (n = 49)" in text
+    assert "7.5 (cpu, threads: 2, fp32)" in text
     for failure in ("all of them are noise", "flux 3.0", "further from real images"):
         assert failure in text.split("Known failures")[1]
     assert "license: cc0" in text

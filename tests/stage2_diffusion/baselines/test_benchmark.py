@@ -242,7 +242,7 @@ def test_a_student_and_a_gan_are_sampled_alone() -> None:
 def test_a_missing_package_is_one_line_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ema_pytorch" else object())
     require_libraries(["ours", "diffusers"])
-    with pytest.raises(UserError, match=r"ema-pytorch: `pip install 'lens-ldm\[benchmark\]'`.*--against diffusers$"):
+    with pytest.raises(UserError, match=r"ema-pytorch: `pip install -e '\.\[benchmark\]'`.*--against diffusers$"):
         require_libraries(["ours", "diffusers", "pixel-ddpm"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"leave it out: --against$"):
