@@ -329,13 +329,13 @@ class Pixels(Block):
 
 class Diffusion(Block):
     schedule: Literal["linear", "cosine", "sigmoid", "flow"] = key("flow", "how data becomes noise: alpha(t), sigma(t)")
-    prediction: Literal["eps", "x0", "v", "velocity"] = key("velocity", "what the network is asked for")
+    prediction: Literal["eps", "x0", "v", "velocity"] = key("x0", "what the network is asked for")
     time: Literal["uniform", "logit_normal"] = key("logit_normal", "how training draws t")
     time_mean: float = key(0.0, "of logit(t), for logit_normal: below 0 trains more at low noise")
     time_std: float = key(1.0, "of logit(t), for logit_normal", gt=0)
     shift: float = key(1.0, "of sigma/alpha; above 1: more of training and sampling at high noise", gt=0)
     weighting: Literal["uniform", "min_snr", "velocity"] = key(
-        "uniform",
+        "velocity",
         "of the loss over t: that of the prediction's own errors, or of those of x_0 or of the velocity they make",
     )
     gamma: float = key(5.0, "of min_snr: the signal-to-noise ratio from which on no error of x_0 counts more", gt=0)

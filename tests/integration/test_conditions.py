@@ -54,6 +54,7 @@ def options(home: Path, name: str) -> list[str]:
     return [
         "--config", "stage2/unet.yaml", "--name", name, "--output", str(home), "--data.path", str(home / "data"),
         "--autoencoder", "pixels", "--data.batch_size", "32", "--backbone.width", "16", "--backbone.blocks", "1",
+        "--diffusion.prediction", "velocity", "--diffusion.weighting", "uniform",  # which learns such blobs soonest
         "--backbone.heads", "1", "--ema.decay", "0.97", "--optimizer.lr", "1e-2", "--optimizer.warmup_steps", "20",
         "--logger.wandb", "disabled", "--trainer.precision", "fp32",
         "--trainer.validate_every", "1000", "--trainer.progress", "false",

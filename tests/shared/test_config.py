@@ -190,7 +190,10 @@ def test_a_mapping_of_overrides_has_a_label_of_its_own():
 
 
 def test_everything_that_is_wrong_is_said_at_once_with_its_place(write):
-    write("base.yaml", MINIMAL + "backbone: {name: dit, width: 100, dept: 3}\ndiffusion: {schedule: cosine}\n")
+    write(
+        "base.yaml",
+        MINIMAL + "backbone: {name: dit, width: 100, dept: 3}\ndiffusion: {schedule: cosine, prediction: velocity}\n",
+    )
     write("run.yaml", "base: base.yaml\ntrainer: {max_steps: soon, precison: fp32}\nlr: 1e-3\n")
     known = (
         "(known: name, seed, output, data, autoencoder, pixels, pretrained, backbone, diffusion, condition, guide, sampling, "
