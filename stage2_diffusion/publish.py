@@ -185,7 +185,8 @@ def card(
         ["network", network],
         ["can be asked for", ", ".join(entry["name"] for entry in entries) or "nothing: unconditional"],
         ["budget", f"{t['trainer']['max_steps']} steps of {t['data']['batch_size']}"
-                   + (f", from the weights of `{t['pretrained']}`" if t.get("pretrained") else "")],
+                   + (f", from the weights of `{t['pretrained']}`" if t.get("pretrained") else "")
+                   + (f", distilled from `{Path(config['distilled']).name}`" if config.get("distilled") else "")],
         ["sampling", drawn],
         *([["guide", f"trained for {guide['max_steps']} steps; samples are led away from it by {sampling['guidance']:g}"]]
           if (guide := config.get("guide")) else []),
