@@ -36,6 +36,11 @@ def choose_device(accelerator: str = "auto") -> torch.device:
     return torch.device("cuda", local_rank())
 
 
+def named_device(name: str) -> torch.device:
+    """What --device means on this machine: `auto` or a device of torch, as `check_device` has let it pass."""
+    return choose_device() if name == "auto" else torch.device(name)
+
+
 def check_device(name: str) -> str:
     """The value of --device, `auto` or a device of torch. UserError if there is no such device here."""
     try:

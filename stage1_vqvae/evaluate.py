@@ -38,7 +38,7 @@ from shared.evaluation.tables import finite, score_rows
 from shared.files import make_folder, write_atomically
 from shared.flops import flops
 from shared.metrics import fid
-from shared.precision import autocast, check_device, choose_device, usable_precision
+from shared.precision import autocast, check_device, named_device, usable_precision
 from shared.report import save_picture
 from shared.simulate.again import Simulation
 from stage1_vqvae.noise import LIT, NoiseLaw
@@ -66,10 +66,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Whatever can be wrong is found before the first minute of work.
     networks = chosen_networks(a)
-    device = check_device(a.device)
+    where = named_device(check_device(a.device))
     config, state = load(a.model, "autoencoder")
     model = cast(VQVAE, build_autoencoder(config["autoencoder"], state))
-    where = choose_device() if device == "auto" else torch.device(device)
     model.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     reference = LensImages(a.reference)
     count = check_reference(model, reference, a.reference, a.count, config["data"]["name"])

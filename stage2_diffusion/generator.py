@@ -17,7 +17,8 @@ from shared import flops
 from shared.autoencoder import Autoencoder
 from shared.checkpoint import build_autoencoder, fill, load, parts_of
 from shared.errors import UserError
-from shared.precision import autocast, choose_device, usable_precision
+from shared.models import SAMPLING, settings_of
+from shared.precision import autocast, named_device, usable_precision
 from shared.registry import build, resolve
 from stage2_diffusion.backbones import custom
 from stage2_diffusion.conditions import Conditions
@@ -52,8 +53,7 @@ class Generator:
         guide: Denoiser | None = None,
     ) -> None:
         self.autoencoder, self.denoiser, self.precision = autoencoder.eval(), denoiser.eval(), precision
-        own: dict[str, Any] = {"sampler": "ddim", "steps": 50, "shift": 1.0, "eta": 0.0, "grids": {}}
-        self.defaults = own | {"guidance": 1.0, "guidance_interval": (0.0, 1.0)} | (defaults or {})
+        self.defaults: dict[str, Any] = SAMPLING | (defaults or {})
         self.conditions = conditions or Conditions()
         self.guide = None if guide is None else guide.eval()
         self.config: dict[str, Any] = {}
@@ -87,7 +87,7 @@ class Generator:
             guide = build_denoiser(network, config["diffusion"], autoencoder.latent_shape, conditions)
             fill(guide, parts["guide"], "guide")
             guide.requires_grad_(False)
-        where = choose_device() if device == "auto" else torch.device(device)
+        where = named_device(device)
         precision = precision or usable_precision(config["precision"], where)
         generator = cls(
             autoencoder, denoiser.requires_grad_(False), precision, config["sampling"], conditions, guide
@@ -113,11 +113,7 @@ class Generator:
         eta: float | None = None,
         times: Sequence[float] | None = None,
     ) -> dict[str, Any]:
-        """What `sample` makes of these, under their names: the model's own for those that are None.
-
-        One of shift and times is None: a grid comes of either. Without both it is the model's fitted grid, if it has one
-        for this sampler and number of steps. UserError for any of them where the model is a GAN.
-        """
+        """`settings_of` this model; UserError for any of them where it is a GAN."""
         if self.one_step:
             given = {"sampler": sampler, "steps": steps, "shift": shift, "eta": eta, "times": times}
             if other := [k for k, value in given.items() if value not in (None, ONE_STEP.get(k))]:
@@ -125,16 +121,7 @@ class Generator:
                     f"this model is a GAN, which makes a lens in one evaluation without a sampler: leave out {other[0]}"
                 )
             return {**ONE_STEP, "times": None}
-        sampler, steps = sampler or self.defaults["sampler"], steps or self.defaults["steps"]
-        if eta and sampler != "ddim":
-            raise UserError(f"eta is for sampler ddim, {sampler} takes none: leave it out, or take ddim")
-        if eta is None:
-            eta = self.defaults["eta"] if sampler == "ddim" else 0.0
-        if times is None and shift is None and eta == 0:
-            times = self.defaults["grids"].get(sampler, {}).get(str(steps))
-        if times is not None:
-            return {"sampler": sampler, "steps": len(times) - 1, "shift": None, "eta": eta, "times": list(times)}
-        return {"sampler": sampler, "steps": steps, "shift": shift or self.defaults["shift"], "eta": eta, "times": None}
+        return settings_of(self.defaults, sampler, steps, shift, eta, times)
 
     @torch.no_grad()
     def sample(

@@ -69,17 +69,15 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
     data = Latents(batches, len(train_split), turned.chances, held_out)
     known = conditions.of(images, held_out_split)
     module = module_of(config, data, autoencoder, precision, conditions, known, distance)  # what it refuses is told now
-    guide: Denoiser | None = None
     if weaker is not None:
         trained, its_run = module_of(weaker, data, autoencoder, precision, conditions, known), Run(weaker, resume)
         if not its_run.last.exists():
             tqdm.write(f"first the guide, {weaker.trainer.max_steps} steps")
         fit(trained, its_run, made_from)
-        guide = trained.shadow  # type: ignore[assignment]
         module.guide = [trained.shadow]  # type: ignore[list-item]
     fit(module, run, made_from)
     if is_main_process():
-        finish(module, autoencoder, autoencoder_config, images, run, precision, made_from, guide)
+        finish(module, autoencoder, autoencoder_config, images, run, precision, made_from)
     return run.model
 
 
@@ -208,15 +206,14 @@ def finish(
     run: Run,
     precision: str,
     made_from: dict[str, str],
-    guide: Denoiser | None,
 ) -> None:
     """Publish the shadow network with the autoencoder it belongs to: one path is enough to sample."""
     config = to_dict(module.config)
     module.to(choose_device(config["trainer"]["accelerator"]))
     if isinstance(module, GANModule):
-        network, parts = of_gan(module)
+        networks, parts = of_gan(module)
     else:
-        network, parts = of_diffusion(module, autoencoder, precision, guide)
+        networks, parts = of_diffusion(module, autoencoder, precision)
     published = {
         "autoencoder": autoencoder_config,
         **parts,
@@ -225,14 +222,13 @@ def finish(
         "fingerprint": made_from,
         "training": config,
     }
-    beside = {} if guide is None else {"guide": guide}
-    publish_generator(run, state_of(autoencoder=autoencoder, denoiser=network, **beside), published, card(published))
+    publish_generator(run, state_of(autoencoder=autoencoder, **networks), published, card(published))
 
 
 def of_diffusion(
-    module: DiffusionModule, autoencoder: Autoencoder, precision: str, guide: Denoiser | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The network to publish, and what its config says of it."""
+    module: DiffusionModule, autoencoder: Autoencoder, precision: str
+) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """The networks to publish, and what their config says of them."""
     config, sampling = to_dict(module.config), module.config.sampling
     denoiser: Denoiser = module.shadow  # type: ignore[assignment]
     averages: dict[str, float] = {}
@@ -241,7 +237,7 @@ def of_diffusion(
         found = ", ".join(f"{name} {error:.4g}" for name, error in averages.items())
         tqdm.write(f"held-out error of each average, of which the first is published: {found}")
     # Before the model is published: a run that is stopped here has all that it needs to do this again.
-    generator = Generator(autoencoder, denoiser, precision, sampling.model_dump(), module.conditions, guide)
+    generator = Generator(autoencoder, denoiser, precision, sampling.model_dump(), module.conditions, *module.guide)
     generator.to(choose_device(module.config.trainer.accelerator))
     fitted = {str(steps): tune(generator, sampling.sampler, steps).times for steps in sampling.tune}
     parts = {
@@ -251,17 +247,19 @@ def of_diffusion(
         "conditions": module.conditions.to_config(),
         "averages": averages,
     }
-    if guide is not None:
+    networks: dict[str, nn.Module] = {"denoiser": denoiser}
+    for guide in module.guide:
+        networks["guide"] = guide
         backbone = to_dict(guide_config(module.config))["backbone"]
         parts["guide"] = {"backbone": backbone, "max_steps": config["guide"]["max_steps"]}
-    return denoiser, parts
+    return networks, parts
 
 
-def of_gan(module: GANModule) -> tuple[nn.Module, dict[str, Any]]:
+def of_gan(module: GANModule) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     """The network to publish, and what its config says of it, mode collapse included."""
     spread = module.measure()
     tqdm.write(module.verdict())
-    return module.shadow, {"gan": to_dict(module.config)["gan"], "sampling": ONE_STEP, "spread": spread}
+    return {"denoiser": module.shadow}, {"gan": to_dict(module.config)["gan"], "sampling": ONE_STEP, "spread": spread}
 
 
 def publish_generator(run: Run, state: dict[str, Tensor], config: dict[str, Any], card: str) -> None:

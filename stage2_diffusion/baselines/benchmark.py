@@ -38,7 +38,7 @@ from shared.checkpoint import read_config, versions
 from shared.cli import Parser, above_zero, positive
 from shared.errors import UserError
 from shared.files import make_folder, markdown, resumed, write_atomically
-from shared.precision import check_device, choose_device, usable_precision
+from shared.precision import check_device, named_device, usable_precision
 from stage2_diffusion.baselines.systems import OURS, SYSTEMS, TIMESTEPS, Plan, work
 from stage2_diffusion.sample import add_model
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [name for name in SYSTEMS if name == OURS or name in a.against]
     require_libraries(chosen)
     config = read_config(a.model, "diffusion")
-    device = choose_device() if a.device == "auto" else torch.device(check_device(a.device))
+    device = named_device(check_device(a.device))
     if device.index:
         raise UserError(
             f"training runs on the first GPU that is seen: CUDA_VISIBLE_DEVICES={device.index}, --device cuda"
