@@ -39,6 +39,7 @@ PARTS: dict[str, dict[str, str]] = {
         "ddpm": "stage2_diffusion.samplers:ddpm",
         "ddim": "stage2_diffusion.samplers:ddim",
         "dpmpp": "stage2_diffusion.samplers:dpmpp",
+        "dpmpp_sde": "stage2_diffusion.samplers:dpmpp_sde",
         "dpmpp3": "stage2_diffusion.samplers:dpmpp3",
         "unipc": "stage2_diffusion.samplers:unipc",
         "heun": "stage2_diffusion.samplers:heun",

@@ -391,7 +391,7 @@ class Guide(Block):
 
 
 class Sampling(Block):
-    sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp3", "unipc", "heun", "ab2", "ab3"] = key(
+    sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp_sde", "dpmpp3", "unipc", "heun", "ab2", "ab3"] = key(
         "ab2", "of previews; published as the default"
     )
     steps: int = key(8, "network evaluations a sample", ge=1)
@@ -421,8 +421,10 @@ class Sampling(Block):
     @field_validator("tune")
     @classmethod
     def _follows_the_ode(cls, tune: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        fine = not tune or (info.data.get("sampler") != "ddpm" and not info.data.get("eta"))
-        return _check(tune, fine, "needs a sampler that draws no noise on the way: not ddpm, nor eta above 0")
+        fine = not tune or (info.data.get("sampler") not in ("ddpm", "dpmpp_sde") and not info.data.get("eta"))
+        return _check(
+            tune, fine, "needs a sampler that draws no noise on the way: not ddpm or dpmpp_sde, nor eta above 0"
+        )
 
 
 class GAN(Block):

@@ -110,7 +110,23 @@ def dpmpp(
 
     First order where the log-SNR is infinite: a step from pure noise, the one after it, and the one to sigma = 0.
     """
-    return _exponential(denoise, schedule, noise, shape, steps, times, on_step, order=2, correct=False)
+    return _exponential(denoise, schedule, noise, shape, steps, times, on_step, order=2)
+
+
+def dpmpp_sde(
+    denoise: Denoise,
+    schedule: Schedule,
+    noise: Noise,
+    shape: Sequence[int],
+    steps: int = 32,
+    *,
+    times: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """SDE-DPM-Solver++(2M): `dpmpp` of the reverse SDE (Lu et al. 2022, DPM-Solver++). As much new noise on the way as in
+    `ddpm`, under which errors of earlier estimates are forgotten, and fewer steps.
+    """
+    return _exponential(denoise, schedule, noise, shape, steps, times, on_step, order=2, noisy=True)
 
 
 def dpmpp3(
@@ -127,7 +143,7 @@ def dpmpp3(
 
     This is UniPC's predictor. The 3M of Lu et al.'s code weighs the parabola's bend by half, which is of second order.
     """
-    return _exponential(denoise, schedule, noise, shape, steps, times, on_step, order=3, correct=False)
+    return _exponential(denoise, schedule, noise, shape, steps, times, on_step, order=3)
 
 
 def unipc(
@@ -264,7 +280,8 @@ def _exponential(
     times: Tensor | None,
     on_step: OnStep | None,
     order: int,
-    correct: bool,
+    correct: bool = False,
+    noisy: bool = False,
 ) -> Tensor:
     path = _path(schedule, steps, times)
     x_t = start = path[0].sigma * noise(shape)
@@ -276,14 +293,20 @@ def _exponential(
         start = x_t
         # Lower orders towards the end, where the log-SNR runs away (diffusers' `lower_order_final`).
         known = [(here.half_log_snr, x_0), *known][: min(order, len(path) - 1 - i)]
-        x_t = _exponential_step(start, here, there, known)
+        kept = math.exp(here.half_log_snr - there.half_log_snr) if noisy else 1.0
+        x_t = _exponential_step(start, here, there, known, kept)
+        if noisy and there.sigma > 0:
+            x_t = x_t + there.sigma * math.sqrt(1 - kept**2) * noise(shape)
     return x_t
 
 
-def _exponential_step(x_t: Tensor, here: "_Point", there: "_Point", known: list[tuple[float, Tensor]]) -> Tensor:
+def _exponential_step(
+    x_t: Tensor, here: "_Point", there: "_Point", known: list[tuple[float, Tensor]], kept: float = 1.0
+) -> Tensor:
     """Integrate d(x_t / sigma) = x_0 d(alpha / sigma) from `here`, the first of `known`, to `there`.
 
     x_0 is a polynomial in the half log-SNR: a constant where that is infinite, at pure noise and at sigma = 0.
+    kept   of the noise in x_t, if the caller makes up for the rest with new noise
     """
     (start, x_0), *others = known
     h = there.half_log_snr - start
@@ -292,7 +315,7 @@ def _exponential_step(x_t: Tensor, here: "_Point", there: "_Point", known: list[
     if len(nodes) > 1:
         integral = whole = -math.expm1(-h)  # of h exp(h (s - 1)) s^j over 0 ... 1, by parts from j = 0 on
         moments = [(integral := 1 - j / h * integral) / whole for j in range(1, len(nodes) + 1)]
-    decay = there.sigma / here.sigma
+    decay = there.sigma / here.sigma * kept
     return decay * x_t + (there.alpha - here.alpha * decay) * _mean(x_0, nodes, moments)
 
 

@@ -17,6 +17,7 @@ from shared.cli import main
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.flops import flops
+from shared.registry import names
 from stage1_vqvae.noise import NoiseLaw
 from stage2_diffusion.backbones import custom
 from stage2_diffusion.generator import Generator
@@ -125,7 +126,7 @@ def test_an_autoencoder_that_predicts_the_variance_of_its_noise_trains_and_is_sc
     assert metrics["physics"]["reconstructions"]["peak"]["w1"] == 0
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "dpmpp3", "unipc", "heun", "ab2", "ab3", "consistency"])
+@pytest.mark.parametrize("sampler", names("sampler"))
 def test_every_sampler_runs_from_the_same_checkpoint(at_home: Path, sampler: str) -> None:
     generator = Generator.from_pretrained("checkpoints/smoke-stage2", "cpu")
     images = generator.images(range(2), sampler=sampler, steps=5)

@@ -22,6 +22,7 @@ from stage2_diffusion.samplers import (
     ddpm,
     dpmpp,
     dpmpp3,
+    dpmpp_sde,
     heun,
     unipc,
 )  # fmt: skip
@@ -67,7 +68,7 @@ def test_a_seed_gives_its_noise_wherever_it_stands_in_the_batch():
         assert torch.equal(alone((4, 5, 6))[0], together((4, 5, 6))[1])
 
 
-@pytest.mark.parametrize("sampler", [ddpm, consistency, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [ddpm, dpmpp_sde, consistency, *SAMPLERS])
 def test_a_sample_does_not_depend_on_its_batch(sampler):
     schedule = NoiseSchedule("cosine")
     run = lambda seeds: sampler(exact_denoiser(schedule), schedule, SeededNoise(seeds), SHAPE, 10)  # noqa: E731
@@ -202,7 +203,7 @@ def wasserstein(samples):
 @pytest.mark.parametrize("name", CURVES)
 @pytest.mark.parametrize(
     ("sampler", "steps", "options"),
-    [(ddpm, 150, {}), (ddim, 100, {"eta": 1.0}), (ddim, 60, {}), (dpmpp, 20, {}), (ab2, 12, {})],
+    [(ddpm, 150, {}), (ddim, 100, {"eta": 1.0}), (ddim, 60, {}), (dpmpp, 20, {}), (dpmpp_sde, 30, {}), (ab2, 12, {})],
 )
 def test_the_right_distribution_comes_out(name, sampler, steps, options):
     schedule = NoiseSchedule(name)
@@ -231,7 +232,7 @@ def test_consistency_keeps_the_distribution_at_any_number_of_steps(name, steps):
 @pytest.mark.parametrize("zero_terminal", [True, False])
 @pytest.mark.parametrize("name", CURVES)
 @pytest.mark.parametrize("steps", [1, 2, 50])
-@pytest.mark.parametrize("sampler", [ddpm, consistency, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [ddpm, dpmpp_sde, consistency, *SAMPLERS])
 def test_infinite_log_snr_at_both_ends_does_no_harm(sampler, steps, name, zero_terminal):
     schedule = NoiseSchedule(name, zero_terminal)
     out = sampler(exact_denoiser(schedule), schedule, fixed_noise(2, dtype=torch.float32), SHAPE, steps)
@@ -240,7 +241,7 @@ def test_infinite_log_snr_at_both_ends_does_no_harm(sampler, steps, name, zero_t
     assert out.abs().max() < 4
 
 
-@pytest.mark.parametrize("sampler", [ddpm, consistency, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [ddpm, dpmpp_sde, consistency, *SAMPLERS])
 def test_one_step_from_pure_noise_is_the_estimate_itself(sampler):
     schedule = NoiseSchedule("flow")
     out = sampler(exact_denoiser(schedule), schedule, fixed_noise(3), SHAPE, 1)
@@ -331,24 +332,26 @@ def test_ddpm_against_diffusers():
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("sampler", "algorithm"), [(dpmpp, "dpmsolver++"), (dpmpp_sde, "sde-dpmsolver++")])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @pytest.mark.parametrize("steps", [8, 25])
-def test_dpmpp_against_diffusers(name, steps):
+def test_dpmpp_against_diffusers(name, steps, sampler, algorithm):
     schedule = NoiseSchedule(name, zero_terminal=False)
     betas, times = discrete(schedule)
     oracle = DPMSolverMultistepScheduler(
         trained_betas=betas,
         prediction_type="sample",
-        algorithm_type="dpmsolver++",
+        algorithm_type=algorithm,
         solver_order=2,
         final_sigmas_type="zero",
         timestep_spacing="leading",
     )
     oracle.set_timesteps(steps)
     grid = torch.cat([times[oracle.timesteps], torch.zeros(1, dtype=torch.float64)])
-    start = schedule(grid[:1])[1].float() * fixed_noise(3, dtype=torch.float32)(SHAPE)
-    expected = walk(oracle, start, times)
-    out = dpmpp(arbitrary_denoiser, schedule, fixed_noise(3, dtype=torch.float32), SHAPE, times=grid)
+    generator = torch.Generator().manual_seed(0)
+    start = schedule(grid[:1])[1].float() * torch.randn(3, *SHAPE, generator=generator)
+    expected = walk(oracle, start, times, generator=generator)
+    out = sampler(arbitrary_denoiser, schedule, fixed_noise(3, dtype=torch.float32), SHAPE, times=grid)
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
 
 
@@ -446,7 +449,7 @@ def test_flow_against_diffusers(shift):
 # ------------------------------------------------------------------------------------------------- manners
 
 
-@pytest.mark.parametrize("sampler", [ddpm, consistency, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [ddpm, dpmpp_sde, consistency, *SAMPLERS])
 def test_on_step_sees_every_state_and_estimate(sampler):
     schedule, seen = NoiseSchedule("sigmoid"), []
     denoise = exact_denoiser(schedule)
@@ -458,7 +461,7 @@ def test_on_step_sees_every_state_and_estimate(sampler):
     assert torch.equal(seen[0][2], fixed_noise(2)(SHAPE))
 
 
-@pytest.mark.parametrize("sampler", [ddpm, consistency, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [ddpm, dpmpp_sde, consistency, *SAMPLERS])
 def test_times_that_do_not_fall_are_refused(sampler):
     schedule = NoiseSchedule("flow")
     with pytest.raises(ValueError, match="fall at every step"):
