@@ -181,10 +181,8 @@ def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     return _Published(folder, config)
 
 
-def load(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a published model, fp32 where they are stored as half of that. Truncated or altered
-    weights are refused."""
-    folder, config = find_model(path), read_config(path, kind)
+def require_intact(folder: Path, config: Mapping[str, Any]) -> Path:
+    """The weights of a published model. UserError if they are not there, or not those of its config."""
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{folder} has no model.safetensors: train or download the model again")
@@ -192,6 +190,14 @@ def load(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], dic
         raise UserError(
             f"{weights} is truncated or altered (its hash is not config.json's): train or download it again"
         )
+    return weights
+
+
+def load(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of a published model, fp32 where they are stored as half of that. Truncated or altered
+    weights are refused."""
+    folder, config = find_model(path), read_config(path, kind)
+    weights = require_intact(folder, config)
     try:
         with safe_open(weights, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

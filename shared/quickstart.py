@@ -17,7 +17,7 @@ from shared.schema import Quickstart
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, resume = parse_arguments(argv, Quickstart, __doc__, default_config="quickstart.yaml")
+    config, options = parse_arguments(argv, Quickstart, __doc__, default_config="quickstart.yaml")
     stage1, stage2 = config.stages()  # a mistake in either is reported before the first part starts
     out = Path(config.output) / config.name
     model = f"{stage2.output}/{stage2.name}"
@@ -29,11 +29,11 @@ def main(argv: list[str] | None = None) -> None:
             config
         ),
         f"stage 1: train the autoencoder, {stage1.trainer.max_steps} steps": lambda: script("stage1_vqvae.pipeline")(
-            stage1, resume
+            stage1, options.resume
         ),
         f"stage 2: train the diffusion model, {stage2.trainer.max_steps} steps": lambda: script(
             "stage2_diffusion.pipeline"
-        )(stage2, resume),
+        )(stage2, options.resume),
         f"sample {config.samples.count} lenses": lambda: script("stage2_diffusion.sample", "main")([model, *samples]),
         f"score {config.evaluate.count} of them and write the report": lambda: script(
             "stage2_diffusion.evaluate", "main"

@@ -1,13 +1,14 @@
 """The folder of a run, checkpoints/<name>/: config.yaml, metrics.csv, samples/*.png, last.ckpt and model/."""
 
 import contextlib
+import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from shared.checkpoint import read_config
+from shared.checkpoint import read_config, require_intact
 from shared.config import load_config, to_dict, to_yaml
 from shared.errors import UserError
 from shared.files import write_atomically
@@ -30,17 +31,43 @@ class Run:
         self.config = config
         self.folder = Path(config.output) / config.name
         self.last, self.model = self.folder / "last.ckpt", self.folder / "model"
+        if resume == "never" and self.has_begun:
+            raise UserError(f"{self.folder} holds a run: choose another name (--name), or drop --resume never")
+        self._claim()
+
+    @property
+    def has_begun(self) -> bool:
+        return self.last.exists() or self.model.exists()
+
+    def _claim(self) -> None:
+        """Write the config into the folder, unless that is of another run."""
         saved = self.folder / "config.yaml"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.last.exists() or self.model.exists():
-                if resume == "never":
-                    raise UserError(f"{self.folder} holds a run: choose another name (--name), or drop --resume never")
+            if self.has_begun:
                 self._same_run(saved)
             if is_main_process():
-                write_atomically(saved, to_yaml(config).encode())
+                write_atomically(saved, to_yaml(self.config).encode())
         except OSError as error:
             raise UserError(f"cannot write the run's folder {self.folder}: {error.strerror or error}") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """The run is this process's alone meanwhile. UserError if it is another's, or if another has made it one of another config.
+
+        The lock goes with the process, however that ends; where the file system has none, there is none.
+        """
+        with open(self.folder / ".lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is training {self.folder}: wait for it, stop it, or choose another name (--name)"
+                ) from None
+            except OSError:
+                pass
+            self._claim()  # again: whoever had the lock may have begun the run
+            yield
 
     def is_complete(self, fingerprint: dict[str, str]) -> bool:
         """Whether the model is published. UserError if it was made from something else.
@@ -49,7 +76,13 @@ class Run:
         """
         if not (self.model / "config.json").exists():
             return False
-        published = read_config(self.model)
+        try:
+            published = read_config(self.model)
+            require_intact(self.model, published)
+        except UserError:
+            if self.last.exists():  # which publishes it again
+                return False
+            raise
         self.compare(published.get("fingerprint", {}), fingerprint)
         # How to sample may be changed afterwards: the same weights are then published again.
         same = published.get("training", {}).get("sampling") == to_dict(self.config).get("sampling")

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
@@ -390,18 +391,27 @@ class Checkpoint(Callback):
         temporary = self.path.with_suffix(".tmp")
         try:
             trainer.save_checkpoint(temporary)
+            for logger in trainer.loggers:  # first: rows beyond the checkpoint are dropped, rows before it are not
+                logger.save()
             if trainer.is_global_zero:
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(temporary, self.path)
-            for logger in trainer.loggers:
-                logger.save()
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise UserError(
                 f"cannot write {self.path}: {error.strerror or error}; "
                 "the checkpoint before it is kept, and the same command goes on from there"
             ) from error
+
+
+class Local(TorchCheckpointIO):
+    """Checkpoints written where they belong. Lightning's own way leads through $TMPDIR, which may be small, and full."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        content = io.BytesIO()  # torch reports a full disk as an error of its own
+        torch.save(checkpoint, content)
+        Path(path).write_bytes(content.getbuffer())
 
 
 class CSVLog(Logger):
@@ -469,12 +479,17 @@ def wandb_logger(config: Any, run: Run) -> WandbLogger | None:
 
 
 def fit(module: StageModule, run: Run, fingerprint: dict[str, str], callbacks: Sequence[Callback] = ()) -> None:
-    """Train `module` to trainer.max_steps, from last.ckpt where there is one.
+    """Train `module` to trainer.max_steps, from last.ckpt where there is one, as the only process that does (of its group).
 
     fingerprint   what must not change between a run and its continuation, beyond the config: the data, the autoencoder
     callbacks     of Lightning, beside those that every run has
     SystemExit    130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 (a cluster's warning), once the state is saved
     """
+    with run.locked() if is_main_process() else contextlib.nullcontext():
+        _fit(module, run, fingerprint, callbacks)
+
+
+def _fit(module: StageModule, run: Run, fingerprint: dict[str, str], callbacks: Sequence[Callback]) -> None:
     t = run.config.trainer
     quiet()
     saved = read_checkpoint(run, fingerprint)
@@ -484,6 +499,7 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str], callbacks: S
     if saved and start >= t.max_steps:
         module.load_state_dict(saved["state_dict"])
         return
+    del saved  # or else it stays in memory until the last step
     if t.checkpoint_gradients:
         recompute_blocks(module.network)  # not its shadow, which has no backward pass
     if t.compile:
@@ -510,6 +526,7 @@ def fit(module: StageModule, run: Run, fingerprint: dict[str, str], callbacks: S
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=run.folder,
+        plugins=[Local()],
     )
 
     # The exception is Lightning's own, after our checkpoint; it would exit with 0.

@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 from tqdm import tqdm
 
-from shared.checkpoint import build_autoencoder, load, versions
+from shared.checkpoint import build_autoencoder, find_run, load, versions
 from shared.cli import Parser, guard, positive
 from shared.data.cache import LensImages
 from shared.data.normalise import hint, sky
@@ -73,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     reference = LensImages(a.reference)
     count = check_reference(model, reference, a.reference, a.count, config["data"]["name"])
     fitted = LensShare(a.preset, reference, min(a.fit, count)) if a.fit else None
-    out = a.out or Path(a.model) / "evaluation"
+    run = find_run(a.model)
+    out = a.out or run / "evaluation"
     make_folder(out)
 
     if config["training"].get("loss", {}).get("perceptual", 0) > 0:
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     pictures = draw(metrics, found)
     for name, picture in pictures.items():
         save_picture(out / f"{name}.png", picture)
-    report(metrics, pictures, config, Path(a.model)).write(out / "report.html")
+    report(metrics, pictures, config, run).write(out / "report.html")
     # Last, so that whoever finds it finds all of the rest.
     write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
     for rows in (score_rows(metrics), quality_rows(metrics)):
@@ -383,8 +383,8 @@ def noise_law(model: VQVAE, reference: LensImages, precision: str) -> tuple[Nois
     law = deepcopy(model.noise).cpu()
     if bool(law.a > 0):
         return law, True
-    held_out = reference.split("validation")[:FITTED_TO]
-    real = reference.batch(held_out if len(held_out) else reference.split("test")[:FITTED_TO])
+    held_out = reference.shuffled("validation")
+    real = reference.batch((held_out if len(held_out) else reference.shuffled("test"))[:FITTED_TO])
     law = NoiseLaw()
     law.fit(real, torch.cat([reconstruct(model, batch, 0, precision)[0] for batch in real.split(BATCH)]))
     return law, False

@@ -1,5 +1,6 @@
 """Stage 1 for Lightning: reconstruct, watch the codes, draw what comes out."""
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,14 @@ from shared.errors import UserError
 from shared.report import save_grid
 from shared.training import StageModule
 from stage1_vqvae.losses import ReconstructionLoss
-from stage1_vqvae.noise import estimate_law, recorrupt
+from stage1_vqvae.noise import enough, estimate_law, recorrupt
 from stage1_vqvae.quantizers import CodeUsage
 from stage1_vqvae.regularize import Regularizer
 from stage1_vqvae.vqvae import VQVAE
 
 VALIDATION = 256  # images; PSNR to 0.05 dB
+BATCH = 64  # of them at a time
+SMALLEST = 6  # pixels a side: structural similarity reflects five
 SETTLE = 100  # steps of a quantiser before its codes are judged
 
 
@@ -27,15 +30,15 @@ class VQVAEModule(StageModule):
     network: VQVAE
 
     def __init__(self, config: Any, network: VQVAE, images: LensImages, turns: Turns) -> None:
-        train, held_out = images.split("train"), images.split("validation")
+        train = images.split("train")
 
         def batch(places: Tensor) -> Tensor:
             turned, i = places // len(train), places % len(train)
             return apply_each(images.batch(train[i.numpy()]), turns.elements, turned)
 
         super().__init__(config, network, batch, len(train), turns.chances)
-        self.held_out = images.batch(held_out[:VALIDATION])
-        transform, sample = network.transform, images.batch(train[:VALIDATION])
+        self.held_out = images.batch(images.shuffled("validation")[: enough(VALIDATION, images.image_shape)])
+        transform, sample = network.transform, images.batch(images.shuffled("train")[:VALIDATION])
         if not bool(self.held_out.isfinite().all() and sample.isfinite().all()):
             raise UserError(
                 f"{images.path} holds pixels that are NaN or infinite: delete the folder and prepare it again"
@@ -81,24 +84,32 @@ class VQVAEModule(StageModule):
     @torch.no_grad()
     def validate(self, folder: Path | None) -> dict[str, float]:
         q = self.network.quantizer
-        usage = CodeUsage(q.codes, q.heads, q.levels) if q.codes and self.quantizing else None
-        outputs = []
-        with self.trainer.precision_plugin.forward_context():
-            for batch in self.held_out.to(self.device).split(64):
-                out = self.shadow(self.network.transform(batch), quantize=self.quantizing)
-                outputs.append(self.unit(out.clean.float()))
-                if usage:
-                    usage.update(out.indices)
-        output, target = torch.cat(outputs), self.unit(self.network.transform(self.held_out.to(self.device)))
+        # Not before a step was taken with it: a codebook starts from the latents that it first meets.
+        quantizing = self.trainer.global_step > q.warmup_steps
+        usage = CodeUsage(q.codes, q.heads, q.levels) if q.codes and quantizing else None
+        squares = similar = 0.0
+        shown: list[Tensor] = []
+        for batch in self.held_out.split(BATCH):
+            target = self.network.transform(batch.to(self.device))
+            with self.trainer.precision_plugin.forward_context():
+                out = self.shadow(target, quantize=quantizing)
+            output, target = self.unit(out.clean.float()), self.unit(target)
+            squares += float((output - target).square().mean()) * len(batch)
+            similar += float(cast(Tensor, ssim(output, target, data_range=1.0))) * len(batch)
+            shown = shown or [target[:8], output[:8]]
+            if usage:
+                usage.update(out.indices)
+        n = len(self.held_out)
         metrics = {
-            "psnr": float(-10 * (output - target).square().mean().log10()),
-            "ssim": float(cast(Tensor, ssim(output, target, data_range=1.0))),
+            "psnr": -10 * math.log10(squares / n),
+            "ssim": similar / n,
             **(usage.compute() if usage else {}),
         }
         if usage:
             self.watch(usage)
         if folder is not None:
-            pairs = torch.stack([target[:8], output[:8], ((target - output)[:8] * 10 + 0.5).clamp(0, 1)])
+            target, output = shown
+            pairs = torch.stack([target, output, ((target - output) * 10 + 0.5).clamp(0, 1)])
             title = f"step {self.trainer.global_step}: images, clean reconstructions, difference x 10 (mid-scale is 0)"
             save_grid(folder / f"{self.trainer.global_step:07d}.png", pairs.flatten(0, 1).cpu(), columns=8, title=title)
         return metrics

@@ -11,6 +11,7 @@ whole counts; a scale of their own (each image from 0 to 1). Where variance and 
 drawn, and the scale is taken from them as it was from the real ones. A decoder may also say by how much the law is wrong.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -220,7 +221,7 @@ class NoiseLaw(nn.Module):
         """Whether images hold whole counts, whether they are of photons, and whether each was scaled to the same least and
         greatest value."""
         least, greatest = images.amin((1, 2, 3)), images.amax((1, 2, 3))
-        if bool((least == least[0]).all() and (greatest == greatest[0]).all()):
+        if len(images) > 1 and bool((least == least[0]).all() and (greatest == greatest[0]).all()):
             self.scale.copy_(torch.stack([least[0], greatest[0]]))
         else:
             self.scale.zero_()
@@ -301,12 +302,17 @@ def likelihood(residual: Tensor, variance: Tensor, log_ratio: Tensor, beta: floa
     return (0.5 * (wrong + log_ratio) * (beta * log_ratio.detach()).exp()).mean()
 
 
+def enough(n: int, image_shape: Sequence[int]) -> int:
+    """How many of n such images to hold in memory at once: ENOUGH pixels, and at least eight images."""
+    return min(n, max(8, ENOUGH // math.prod(image_shape)))
+
+
 def estimate_law(images: Tensor) -> NoiseLaw:
     """A first law from images alone, (N, C, H, W), before there is a decoder: a 5 px mean stands in for the clean light.
 
     Good to some per cent where the light is smooth over five pixels; the training loss weighs its pixels by it.
     """
-    images = images[: max(8, ENOUGH // images[0].numel())]
+    images = images[: enough(len(images), images.shape[1:])]
     law = NoiseLaw().to(images.device)
     law.fit(images, smooth(images))
     return law

@@ -1,6 +1,5 @@
 """Stage 1 from a config to a published autoencoder: train, fit the noise law, fit the latent statistics, publish."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from shared.registry import build
 from shared.run import Run
 from shared.schema import Stage1
 from shared.training import fit
-from stage1_vqvae.module import VALIDATION, VQVAEModule
-from stage1_vqvae.noise import ENOUGH, LIT, NoiseLaw, estimate_law
+from stage1_vqvae.module import SMALLEST, VALIDATION, VQVAEModule
+from stage1_vqvae.noise import LIT, NoiseLaw, enough, estimate_law
 from stage1_vqvae.vqvae import VQVAE
 
 
@@ -30,6 +29,11 @@ def train(config: Stage1, resume: str = "auto") -> Path:
     images = LensImages(config.data.path)
     if not len(images.split("validation")):
         raise UserError(f"{config.data.path} has {len(images)} images, none of them for validation: prepare more")
+    if min(images.image_shape[1:]) < SMALLEST:
+        height, width = images.image_shape[1:]
+        raise UserError(
+            f"{config.data.path} has images of {height} × {width} pixels: an autoencoder needs {SMALLEST} on each side"
+        )
     choose_device(config.trainer.accelerator)  # one that is not there is told now
     turned = turns(images, config.data.augment)
     fingerprint = {"data": images.fingerprint, **turned.fingerprint, **pretrained(config.pretrained)}
@@ -56,8 +60,8 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
     autoencoder: VQVAE = module.shadow.eval()  # type: ignore[assignment]
     device = choose_device(config.trainer.accelerator)
     autoencoder.to(device)
-    train, held_out = images.split("train"), images.split("validation")
-    held_out = held_out[: min(config.noise.images, max(8, ENOUGH // math.prod(images.image_shape)))]
+    train = images.split("train")
+    held_out = images.shuffled("validation")[: enough(config.noise.images, images.image_shape)]
 
     precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
     # As it was trained and will be used, so that the law and the statistics are those of that precision.
@@ -81,7 +85,7 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
     if config.noise.law != "none":
         law = autoencoder.noise
         if said is not None:  # relative to the law that the decoder was trained beside, here in the data's units
-            law.load_state_dict(estimate_law(images.batch(train[:VALIDATION])).state_dict())
+            law.load_state_dict(estimate_law(images.batch(images.shuffled("train")[:VALIDATION])).state_dict())
         curve = law.fit(real, clean, config.noise.law, said)
         lit = drawn - transform.stretch(law.background) > LIT * transform.span
         if bool(lit.any()):

@@ -102,7 +102,8 @@ class DiffusionModule(SampledModule):
         self.averages.extend(PowerEMA(network, length) for length in config.ema.lengths)
         self.conditions, self.known = conditions, held_out_known or {}
         self.held_out = data.held_out, conditions.vector(len(data.held_out), self.known)
-        seen = data.batches(torch.arange(min(config.trainer.watched, data.count)))  # none of them turned
+        some = np.random.default_rng(0).permutation(data.count)  # which may be sorted by class
+        seen = data.batches(torch.from_numpy(some[: config.trainer.watched]))  # none of them turned
         self.seen = (seen[0], seen[1]) if isinstance(seen, tuple) else (seen, None)
         self.memorisation = Memorisation()
         self.guide: list[Denoiser] = []  # in a list, and so no part of this module: of previews and scores in training

@@ -55,7 +55,7 @@ def train(config: Stage2 | Adversarial, resume: str = "auto") -> Path:
         tqdm.write(f"{run.folder} is complete")
         return run.model
     precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
-    train_split, held_out_split = images.split("train"), images.split("validation")[: config.trainer.watched]
+    train_split, held_out_split = images.split("train"), images.shuffled("validation")[: config.trainer.watched]
     if not len(held_out_split):
         raise UserError(f"{config.data.path} has {len(images)} images, none of them for validation: prepare more")
     if config.autoencoder == "pixels":

@@ -58,7 +58,7 @@ class Distance:
     """
 
     def __init__(self, images: LensImages, n: int) -> None:
-        train, held_out = images.split("train"), images.split("validation")
+        train, held_out = images.shuffled("train"), images.shuffled("validation")
         if len(held_out) < 2:
             raise UserError(
                 f"trainer.score_every needs validation images, {images.path} has {len(held_out)}: prepare more"

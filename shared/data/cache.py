@@ -299,6 +299,11 @@ class LensImages:
         bounds = np.cumsum(list(fractions.values()))[:-1]
         return np.flatnonzero(np.searchsorted(bounds, u, side="right") == list(fractions).index(name))
 
+    def shuffled(self, name: str) -> np.ndarray:
+        """The indices of a split, always in the same random order: the first of them are a fair sample, while those of
+        `split` are of one class where the images come class by class."""
+        return np.random.default_rng(0).permutation(self.split(name))
+
     def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """A copy of these images, (len(indices), C, H, W) float32."""
         return torch.from_numpy(np.array(self.images[np.asarray(indices, dtype=np.int64)]))

@@ -26,7 +26,7 @@ from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation import judge, tables
 from shared.evaluation.measure import ImageSet, of_data, source
-from shared.evaluation.reference import LARGEST, add_networks, chosen_networks, halves, shuffled
+from shared.evaluation.reference import LARGEST, add_networks, chosen_networks, halves
 from shared.evaluation.verdict import LEVEL, SMOOTH, agreeing, fewer, off, stands_out
 from shared.files import make_folder, markdown, resumed, write_atomically
 from shared.metrics.physics import summaries
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def damaged(reference: LensImages, n: int) -> dict[str, ImageSet]:
     """{damage: n images}: of the test split what `halves` leaves, so that none of them is the reference or the floor."""
-    rest = shuffled(reference)[2 * n :]
+    rest = reference.shuffled("test")[2 * n :]
     base = rest[:n]
     images = of_data(reference, base)
     low, code = reference.value_range[0], source(sys.modules[__name__])

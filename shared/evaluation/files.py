@@ -12,7 +12,6 @@ from shared.data.cache import LensImages
 from shared.data.sources import BrokenImage, Source
 from shared.errors import UserError
 from shared.evaluation.measure import ImageSet
-from shared.evaluation.reference import shuffled
 
 TRIED = 64  # images whose range is looked at
 APART = 3.0  # times that of real images, or one such part of it: other units
@@ -72,7 +71,7 @@ def of_files(
 def _require_units(path: Path, images: ImageSet, reference: LensImages, span: tuple[float, float] | None) -> None:
     """A wrong unit is no property of the samples, and no score should say it is one."""
     tried = images.get(np.unique(np.linspace(0, len(images) - 1, TRIED).astype(int)))
-    real = reference.batch(shuffled(reference)[:TRIED])
+    real = reference.batch(reference.shuffled("test")[:TRIED])
     (middle, width), (real_middle, real_width) = (
         (float(np.median(x.numpy())), float(np.ptp(np.quantile(x.numpy(), [0.01, 0.999])))) for x in (tried, real)
     )

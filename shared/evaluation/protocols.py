@@ -18,7 +18,6 @@ from shared.autoencoder import resized
 from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation.measure import ImageSet, of_data
-from shared.evaluation.reference import shuffled
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Protocol:
         if min(reference.image_shape[1:]) < self.smallest:
             raise UserError(f"protocol {self.name} is for images of {self.smallest} pixels a side and more")
         # Of held-out images the same halves as elsewhere: reconstructions are those of the other half.
-        test = shuffled(reference)
-        pool, others = (shuffled(reference, "train"), test) if self.against == "train" else (test, test[self.n :])
+        test = reference.shuffled("test")
+        pool, others = (reference.shuffled("train"), test) if self.against == "train" else (test, test[self.n :])
         if min(len(pool), len(others)) < self.n:
             needed = f"{self.n} training and {self.n}" if self.against == "train" else f"{2 * self.n}"
             raise UserError(

@@ -65,14 +65,6 @@ def check_count(reference: LensImages, name: str, count: int | None) -> int:
 
 
 def halves(reference: LensImages, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two disjoint sets of n test images, as indices (n,): the reference, and the other half.
-
-    In no order: the first of them are as good a draw as any, while data are often sorted by class.
-    """
-    order = shuffled(reference)
+    """Two disjoint sets of n test images in random order, as indices (n,): the reference, and the other half."""
+    order = reference.shuffled("test")
     return order[:n], order[n : 2 * n]
-
-
-def shuffled(reference: LensImages, split: str = "test") -> np.ndarray:
-    """The indices of a split, always in the same random order."""
-    return np.random.default_rng(0).permutation(reference.split(split))

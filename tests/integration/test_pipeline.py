@@ -119,7 +119,7 @@ def test_an_autoencoder_that_predicts_the_variance_of_its_noise_trains_and_is_sc
     assert config["metrics"]["noise"]["scaled"] is True  # deeplense scales each image to its own range
     assert config["metrics"]["noise"]["step"] > 0  # of whole counts
     monkeypatch.setattr("stage1_vqvae.evaluate.TIMED", 1e-9)
-    main(["evaluate-vqvae", "checkpoints/learned", "--reference", "data/smoke", "--count", "8", "--device", "cpu"])
+    main(["evaluate-vqvae", "learned", "--reference", "data/smoke", "--count", "8", "--device", "cpu"])
     metrics = json.loads(Path("checkpoints/learned/evaluation/metrics.json").read_text())
     assert metrics["distances"]["fd_efflite0"]["truth + fitted noise"]["n"] == 8
     # Images scaled as the data are: darkest at 0, brightest at 1.

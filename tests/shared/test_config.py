@@ -13,6 +13,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+import shared.quickstart
 from shared.config import CONFIGS, find_config, load_config, parse_arguments, to_dict, to_yaml
 from shared.errors import UserError
 from shared.schema import Ablation, Adversarial, Distill, DiT, Quickstart, Stage1, Stage2, UNet
@@ -545,6 +546,14 @@ def test_shipped_configs_are_valid_and_survive_a_round_trip(tmp_path, file):
     assert list(yaml.safe_load(to_yaml(config))) == list(schema.model_fields)  # in the order of the schema
 
 
+@pytest.mark.parametrize("name", ["12e4", "1.5", "0x10", "017", "yes", "null", "1_000"])
+def test_text_that_looks_like_something_else_survives_a_round_trip(tmp_path, name):
+    config = load_config(Stage1, ["stage1/vqvae"]).model_copy(update={"name": name})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(Stage1, [tmp_path / "config.yaml"]).name == name
+    assert yaml.safe_load(to_yaml(config))["name"] == name
+
+
 def flatten(tree: dict, prefix: str = "") -> dict:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -612,6 +621,16 @@ def test_the_quickstart_links_its_stages(file):
     assert stage2.autoencoder == f"{stage1.output}/{stage1.name}" == f"out/{file}-stage1"
     assert stage2.name == f"{file}-stage2"
     assert stage2.trainer.max_steps == 77
+
+
+@pytest.mark.parametrize("given", [[], ["--resume", "never"]])
+def test_the_quickstart_hands_its_resume_on(tmp_path, monkeypatch, given):
+    heard = []
+    monkeypatch.setattr(shared.quickstart, "simulate", lambda config: None)
+    monkeypatch.setattr(shared.quickstart, "script", lambda *_: lambda *arguments: heard.append(arguments[1:]))
+    shared.quickstart.main(["--config", "smoke.yaml", "--output", str(tmp_path), *given])
+    resume = given[-1] if given else "auto"
+    assert heard == [(resume,), (resume,), (), ()]
 
 
 def test_overrides_of_a_stage_win_over_the_links_and_are_checked():

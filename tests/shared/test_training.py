@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,69 @@ def test_killed_after_the_last_step_publishes_the_same_bits(data: Path, tmp_path
     shutil.rmtree(model)
     train(config(data, tmp_path))
     assert (model / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "config.json"])
+def test_a_damaged_model_is_published_again(data: Path, tmp_path: Path, damaged: str) -> None:
+    model = train(config(data, tmp_path))
+    whole = (model / damaged).read_bytes()
+    (model / damaged).write_bytes(whole[:-100])
+    train(config(data, tmp_path))
+    assert (model / damaged).read_bytes() == whole
+    (model / damaged).write_bytes(whole[:-100])
+    (tmp_path / "run" / "last.ckpt").unlink()
+    with pytest.raises(UserError, match=rf"{damaged} is .* train or download"):
+        train(config(data, tmp_path))
+
+
+def test_validation_does_not_start_a_codebook(data: Path, tmp_path: Path) -> None:
+    """Nor does anything else about it change a weight, at the step at which the quantiser begins to act."""
+    found = []
+    for every in (4, 12):
+        options = {"trainer": {"validate_every": every}, "ema": {"decay": 0.0}}
+        train(config(data, tmp_path, name=f"every-{every}", **options))
+        found.append(weights(tmp_path / f"every-{every}"))
+    assert same(*found)
+
+
+def test_checkpoints_do_not_need_the_folder_for_temporary_files(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = config(data, tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("mkstemp", "NamedTemporaryFile", "TemporaryFile"):
+        monkeypatch.setattr(tempfile, name, full)
+    train(c)
+
+
+def test_metrics_are_on_disk_before_the_checkpoint_that_goes_on_behind_them(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, known = os.replace, []
+
+    def watched(source: Path, target: Path) -> None:
+        if Path(target).name == "last.ckpt":
+            with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+                known.append([int(row["step"]) for row in csv.DictReader(file)][-1])
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    train(config(data, tmp_path, trainer={"log_every": 1}))
+    assert known == [4, 8, 12]
+
+
+def test_two_processes_do_not_train_one_run(data: Path, tmp_path: Path) -> None:
+    mine, other = config(data, tmp_path), config(data, tmp_path, optimizer={"lr": 0.003})
+    with Run(mine).locked(), pytest.raises(UserError, match=r"another process is training .*run"):
+        train(mine)
+    late = Run(other)  # nothing has begun yet: neither refuses
+    train(mine)
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.002 -> 0\.003"), late.locked():
+        raise AssertionError("trains into the run of another config")
+    assert "lr: 0.002" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_each_training_of_a_process_has_a_wandb_log_of_its_own(

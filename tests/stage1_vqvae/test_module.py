@@ -70,6 +70,26 @@ def test_a_data_set_that_was_spoiled_is_told_before_it_is_trained_on(tmp_path: P
         module(data)
 
 
+def test_images_that_come_class_by_class_are_judged_by_all_of_them(tmp_path: Path) -> None:
+    clean = lights(1200)
+    noise = (
+        np.random.default_rng(1).standard_normal(clean.shape)
+        * np.where(np.arange(1200) < 600, 1, 9)[:, None, None, None]
+    )
+    step = module(prepared(tmp_path / "data", (clean + noise).astype(np.float32)))
+    span = float(step.network.transform.span)
+    assert float(step.criterion.law.a.sqrt()) * span > 3  # that of the first half alone is 1
+
+
+def test_images_that_are_too_small_are_told(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path / "data", 100, (1, 5, 9), {"kind": "test"}, normalise=Normalisation.parse("none"))
+    for chunk in writer.pending():
+        writer.write(chunk, np.random.default_rng(0).random((len(chunk), 1, 5, 9), np.float32))
+    writer.finish()
+    with pytest.raises(UserError, match="images of 5 × 9 pixels: an autoencoder needs 6 on each side"):
+        train(config(tmp_path / "data"))
+
+
 @pytest.mark.parametrize("normalise", ["none", "fixed:-1000,65535", "asinh:5"])
 def test_images_are_recorrupted_with_their_own_noise_whatever_their_units(tmp_path: Path, normalise: str) -> None:
     clean = lights(200)

@@ -34,6 +34,13 @@ def test_fit_recovers_poisson_noise() -> None:
     assert ((variance / expected - 1).abs() < 0.15).all()
 
 
+def test_one_image_says_nothing_of_how_images_were_scaled() -> None:
+    clean = rings(1)
+    law = NoiseLaw()
+    law.fit(photons(clean), clean)
+    assert not law.scaled
+
+
 def test_fit_is_blind_to_smooth_errors_of_the_decoder() -> None:
     clean = rings(160)
     noisy = photons(clean)

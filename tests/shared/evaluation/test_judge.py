@@ -17,7 +17,7 @@ from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation import comparison, damage, judge, page
 from shared.evaluation.measure import ImageSet, of_data
-from shared.evaluation.reference import halves, shuffled
+from shared.evaluation.reference import halves
 from shared.evaluation.verdict import LEVEL, fewer, stands_out, summary, verdict
 from shared.simulate.again import Simulation
 from shared.simulate.preset import Preset
@@ -136,7 +136,7 @@ def test_damages_to_noise_leave_the_light(tmp_path: Path) -> None:
     data = LensImages(tmp_path / "data")
     n = 6
     sets = damage.damaged(data, n)
-    base = shuffled(data)[2 * n : 3 * n]
+    base = data.shuffled("test")[2 * n : 3 * n]
     clean = Simulation(data)(base, data.batch(base))[0]
     real = sets["other real images"].first(n)
     torch.testing.assert_close(sets["noise removed"].first(n), clean)
