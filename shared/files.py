@@ -39,6 +39,12 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
 
 
+def require_name(out: Path) -> None:
+    """UserError for a path such as `.`, which has no name that OUT.png could be made of."""
+    if not out.name:
+        raise UserError(f"--out {out} is no name for files: give one, such as --out {out / 'result'}")
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut, where the system knows how."""
     if hasattr(os, "O_DIRECTORY"):

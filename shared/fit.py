@@ -20,7 +20,7 @@ from shared.data.sources import BrokenImage, Source
 from shared.errors import UserError
 from shared.evaluation.lenses import lens_share, residuals
 from shared.evaluation.tables import LIT
-from shared.files import write_atomically
+from shared.files import require_name, write_atomically
 from shared.metrics.lens_fit import Coordinates, LensFits, LensFitter
 from shared.metrics.obedience import difference, spread
 from shared.metrics.two_sample import holm
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, help="OUT.csv and OUT.png (default: fits-NAME here)")
     a = parser.parse_args(argv)
+    if a.out is not None:
+        require_name(a.out)
     preset = Preset.load(a.preset)
     kind = a.kind or next(iter(preset.classes), None)
     images, truth = load_images(a.source, a.split, a.count, a.key, kind)

@@ -187,15 +187,20 @@ def samples_of(
     sampling = chosen_settings(options, generator, guide, asked)
     seeds = np.asarray(seed_range(options.seed or 0, len(other)))
     whose = "" if guide is None else made_by(guide)
-    told = f"{reference.fingerprint} {other.tolist()}" if asked else ""
+    told = {name: values.tolist() for name, values in asked.items()}
 
     def get(places: np.ndarray) -> Tensor:
         cond = {name: values[places] for name, values in asked.items()}
         return generator.images(seeds[places].tolist(), cond=cond, guide=guide, **sampling)
 
-    key = f"samples {made_by(generator)} {json.dumps(sampling, sort_keys=True)} {seeds[0]} {whose} {told}"
+    key = f"samples {made_by(generator)} {json.dumps(sampling, sort_keys=True)} {seeds[0]} {whose} {digest(told)}"
     about = {**sampling, "first_seed": int(seeds[0]), **({"guide": options.guide} if guide else {})}
     return ImageSet(key, len(seeds), get, kept), asked, about
+
+
+def digest(told: Mapping[str, Any]) -> str:
+    """Of what lenses were asked to be, value by value."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16] if told else ""
 
 
 def made_by(generator: Generator) -> str:

@@ -107,7 +107,8 @@ def rows(found: Sequence[Metrics], names: Sequence[str]) -> list[list[str]]:
         interval = "({:.2f} to {:.2f})".format(*told["samples"]["auc_interval"]) if told else ""
         cells.append(f"{told['samples']['auc']:.2f} {interval}" if told else "–")
         memory = one.get("memory")
-        cells.append(str(max(found["copies"] for found in memory.values())) if memory else "–")
+        seeing = [found["copies"] for found in (memory or {}).values() if not found["blind"]]
+        cells.append(str(max(seeing)) if seeing else "–")
         cells += [f"{cost[key]:.{2 if cost[key] < 100 else 0}f}" if cost.get(key) else "–" for key in COSTS]
         table.append([name, *cells])
     return table

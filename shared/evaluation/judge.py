@@ -57,6 +57,7 @@ class Plan:
     networks: list[fid.Network]
     near: ImageSet
     far: ImageSet
+    near_places: np.ndarray
     far_places: np.ndarray
     fitter: LensFitter | None
     of_kind: np.ndarray
@@ -67,6 +68,8 @@ class Plan:
 
 def plan(options: argparse.Namespace, reference: LensImages, networks: list[fid.Network], count: int) -> Plan:
     """UserError if the data do not allow what the options ask for."""
+    if (bands := reference.image_shape[0]) not in (1, 3):
+        raise UserError(f"{reference.path} has images of {bands} bands: scores are of one band, or of three")
     near, far = halves(reference, count)
     fits, fitter, of_kind = options.fit, None, np.ones(len(reference), bool)
     if fits is None:
@@ -86,7 +89,7 @@ def plan(options: argparse.Namespace, reference: LensImages, networks: list[fid.
         print(f"no lens fits: {few}")
         fits, fitter = 0, None
     return Plan(
-        reference, networks, of_data(reference, near), of_data(reference, far), far, fitter, of_kind,
+        reference, networks, of_data(reference, near), of_data(reference, far), near, far, fitter, of_kind,
         min(fits, int(of_kind[near].sum()), int(of_kind[far].sum())),
         protocols.chosen(options.protocol, reference, count), options.skip,
     )  # fmt: skip
@@ -130,18 +133,21 @@ def judge(plan: Plan, candidates: Mapping[str, ImageSet], asked: Mapping[str, np
     found: dict[str, LensFits] = {}
     worst: tuple[np.ndarray, LensFits] | None = None
     if plan.fitter is not None:
-        more, found, places = fitted(plan, sets, asked)
-        metrics |= more
-        lost = sets["samples"].get(places[np.argsort(-found["samples"].chi2)[:WORST]]).numpy()
-        worst = lost, plan.fitter.fit(lost)  # once more, for the models, which are not kept
+        with _left_out("no lens fits"):
+            more, found, places = fitted(plan, sets, asked)
+            metrics |= more
+            lost = sets["samples"].get(places[np.argsort(-found["samples"].chi2)[:WORST]]).numpy()
+            worst = lost, plan.fitter.fit(lost)  # once more, for the models, which are not kept
     if "two-sample" not in plan.skip and n >= scores.FEWEST:
         with _left_out("no classifier of samples and real images"):
             metrics["two_sample"] = scores.told_apart(plan.near, plan.far, candidates)
-    if "memory" not in plan.skip and len(plan.reference.split("test")) >= memorisation.FEWEST:
-        metrics["memory"] = scores.memory(plan.reference, candidates["samples"])
+    # What samples were asked for are far images: beside these, each would have a twin, nearer to it than any copy.
+    unseen = np.setdiff1d(plan.reference.split("test"), plan.far_places if asked else [])
+    if "memory" not in plan.skip and len(unseen) >= memorisation.FEWEST:
+        metrics["memory"] = scores.memory(plan.reference, unseen, candidates["samples"])
     if "use" not in plan.skip and CLASS in asked:
         with _left_out("no classifier of classes"):
-            metrics["use"] = scores.usefulness(plan.reference, plan.far_places, candidates["samples"], asked[CLASS])
+            metrics["use"] = scores.usefulness(plan.reference, plan.near_places, candidates["samples"], asked[CLASS])
     metrics["protocols"] = {
         one.name: scores.under_protocol(one, plan.reference, candidates, plan.networks) for one in plan.protocols
     }
@@ -163,12 +169,21 @@ def fitted(
     plan: Plan, sets: Mapping[str, ImageSet], asked: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, LensFits], np.ndarray]:
     """{lens_fits: {set: shares, chi2 and how far parameters are from the truth}, lens_preset, population: {candidate: ...}},
-    the fits of each set but the reference, and which samples were fitted."""
+    the fits of each set but the reference, and which samples were fitted. UserError if there are none to fit.
+
+    Of the first class of the preset, whose fitter it is; of all, real ones too, where it is not known which samples are.
+    """
     assert plan.fitter is not None
     known = plan.reference.index.get("parameters", {})
     truth = {name: np.array(column["values"], float)[plan.far_places] for name, column in known.items()}
-    near, far = (np.flatnonzero(plan.of_kind[places]) for places in halves(plan.reference, len(plan.near)))
+    classes = plan.reference.index.get("classes") or []
+    if not np.isin(asked.get(CLASS, ""), classes).any():
+        asked = {name: values for name, values in asked.items() if name != CLASS}
+    of_kind = plan.of_kind if CLASS in asked else np.ones_like(plan.of_kind)
+    near, far = (np.flatnonzero(of_kind[places]) for places in (plan.near_places, plan.far_places))
     ours = {"reference": near, "samples": fittable(plan.fitter.preset, asked, len(plan.near))}
+    if not len(ours["samples"]):
+        raise UserError(f"none of the samples was asked to be of the first class of preset {plan.fitter.preset.name}")
     fits, found = {}, {}
     for name, images in sets.items():
         places = ours.get(name, far)[: plan.fits]
@@ -190,4 +205,4 @@ def fitted(
 def fittable(preset: Preset, asked: Mapping[str, np.ndarray], n: int) -> np.ndarray:
     """The places, of n samples, that the fitter of a preset is for: of its first class, where they were asked for classes."""
     kind = next(iter(preset.classes), None)
-    return np.flatnonzero(asked[CLASS] == kind) if CLASS in asked and kind in asked[CLASS] else np.arange(n)
+    return np.flatnonzero(asked[CLASS] == kind) if CLASS in asked and kind is not None else np.arange(n)

@@ -21,17 +21,19 @@ from shared.simulate import preset as preset_module
 from shared.simulate.again import preset_of
 from shared.simulate.preset import AXES, Preset
 
-LOOSE = 5.0  # degrees: angles with larger errors of their fit are not compared
-DEFAULT = "deeplense"
+LOOSE = 5.0  # degrees: angles with larger errors of their fit are not compared,
+NARROW = 1 / 3  # nor with errors above this part of the spread of what was asked
 
 
 def lens_fitter(preset_name: str | None, reference: LensImages) -> tuple[LensFitter, np.ndarray]:
     """The fitter of a preset, of its first class if it has some, and which images (len(reference),) bool it is for.
 
-    preset_name  None: of the preset that the images were simulated with, or else DEFAULT
+    preset_name  None: of the preset that the images were simulated with
     UserError if there is no such preset, or if it makes images of another size.
     """
-    preset = (preset_of(reference) if preset_name is None else None) or Preset.load(preset_name or DEFAULT)
+    preset = preset_of(reference) if preset_name is None else Preset.load(preset_name)
+    if preset is None:
+        raise UserError(f"{reference.path} was not simulated here: say which lenses to fit, as --preset deeplense")
     made = (1, preset.pixels, preset.pixels)
     if reference.image_shape != made:
         raise UserError(f"--preset {preset.name} makes images {made}, {reference.path} has {reference.image_shape}")
@@ -75,10 +77,11 @@ def told_and_found(fits: LensFits, truth: Mapping[str, np.ndarray]) -> dict[str,
     parameters = {}
     for name, values in fits.parameters.items():
         if name in truth:
-            axis = name in AXES
-            # What is almost round has no angle, whatever was asked for.
-            known = np.where(fits.errors[name] < LOOSE, values, np.nan) if axis else values
-            parameters[name] = obedience.obedience(np.asarray(truth[name], float), known, axis)._asdict()
+            axis, asked = name in AXES, np.asarray(truth[name], float)
+            # What is almost round has no angle, whatever was asked for; an angle out of few says less by its fit.
+            loose = min(LOOSE, NARROW * obedience.spread_of_axes(asked)) if axis else np.inf
+            known = np.where(fits.errors[name] < loose, values, np.nan) if axis else values
+            parameters[name] = obedience.obedience(asked, known, axis)._asdict()
     return parameters
 
 

@@ -84,13 +84,16 @@ def told_apart(reference: ImageSet, real: ImageSet, candidates: Mapping[str, Ima
     }
 
 
-def memory(reference: LensImages, samples: ImageSet) -> dict[str, Any]:
+def memory(reference: LensImages, unseen: np.ndarray, samples: ImageSet) -> dict[str, Any]:
     """Whether training images are among the samples: {places: Memorisation as plain types}, in the places that the data's
-    symmetries allow, or as they are where those are not known, and turned in all ways."""
+    symmetries allow, or as they are where those are not known, and turned in all ways.
+
+    unseen   places of images that neither the training nor the samples have to do with: how near chance brings samples
+    """
     known, whole = symmetries.allowed(reference), symmetries.group(*reference.image_shape[1:])
     places = {"as allowed" if known else "as they are": known or ("identity",), "turned": whole}
     transform = reference.transform
-    sets = [samples, *(of_data(reference, reference.split(name)) for name in ("train", "test"))]
+    sets = [samples, *(of_data(reference, some) for some in (reference.split("train"), unseen))]
     seen = [one.changed("seen", lambda images, _: transform.unit(images)) for one in sets]
 
     def search() -> dict[str, Any]:
@@ -98,13 +101,15 @@ def memory(reference: LensImages, samples: ImageSet) -> dict[str, Any]:
             found = memorisation.memorisation(*seen, places=places, progress=bar.update)
         return {name: one.to_dict() for name, one in found.items()}
 
-    what = f"copies from {reference.fingerprint} {places} {transform.to_config()} {source(memorisation, two_sample)}"
+    code = source(memorisation, two_sample)
+    what = f"copies from {reference.fingerprint} {_digest(unseen)} {places} {transform.to_config()} {code}"
     return remembered(samples, what, search)
 
 
-def usefulness(reference: LensImages, far: np.ndarray, samples: ImageSet, kinds: np.ndarray) -> dict[str, Any]:
+def usefulness(reference: LensImages, unseen: np.ndarray, samples: ImageSet, kinds: np.ndarray) -> dict[str, Any]:
     """What a classifier of the data's classes learns from samples (N,) that were asked to be of `kinds`, names, and how it
-    judges them: {training → test: Classifier}, real → real being the ceiling. `far`: places of test images.
+    judges them: {training → test: Classifier}, real → real being the ceiling. `unseen`: places of test images whose parameters
+    no sample was asked for.
 
     UserError if the data have no classes, or too few images of one.
     """
@@ -118,12 +123,14 @@ def usefulness(reference: LensImages, far: np.ndarray, samples: ImageSet, kinds:
             raise UserError("the data have no classes that the samples were asked to be of")
         asked = np.array([classes.index(kind) for kind in kinds[chosen]])
         found = use.use(
-            (of_data(reference, train), labels[train]), (of_data(reference, far), labels[far]),
+            (of_data(reference, train), labels[train]), (of_data(reference, unseen), labels[unseen]),
             (samples.get(chosen), asked), classes, elements=elements,
         )  # fmt: skip
         return {name: asdict(one) for name, one in found.items()}
 
-    what = f"use for {reference.fingerprint} {_digest(far)} {_digest(kinds)} {elements} {source(use)}"
+    what = (
+        f"use for {reference.fingerprint} {_digest(labels)} {_digest(unseen)} {_digest(kinds)} {elements} {source(use)}"
+    )
     return remembered(samples, what, learn)
 
 

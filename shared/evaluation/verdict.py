@@ -8,7 +8,7 @@ from scipy import stats
 
 from shared.evaluation import tables
 
-LEVEL = 0.01  # how often a metric may find fault with real images
+LEVEL = 0.01  # at which each test finds fault with real images; some do more often, see the page of this package
 FAR = 2.0  # times the distance between real sets: what is said to be off, if it is no accident
 SMOOTH = 0.2  # share of the frequencies whose 95 % interval may miss 1
 
@@ -35,7 +35,7 @@ def verdict(metrics: Mapping[str, Any]) -> list[Line]:
         if ceiling["auc_interval"][0] > 0.5:
             low, high = learnt["auc_interval"]
             text = f"a classifier trained on them knows real classes with an AUC of {learnt['auc']:.2f} ({low:.2f} to {high:.2f})"
-            # Two independent errors, each half of its interval.
+            # As if of two independent errors, each half of its interval: both classifiers judge the same images, which is stricter.
             apart = math.hypot(high - learnt["auc"], ceiling["auc"] - ceiling["auc_interval"][0])
             fine = ceiling["auc"] - learnt["auc"] <= apart
             lines.append((fine, f"{text}, one trained on real images {ceiling['auc']:.2f}"))
@@ -139,7 +139,9 @@ def _lenses(fits: Fits, real: Fits, population: Mapping[str, Mapping[str, Any]])
     if lit := "share_lit" in fits:  # which older results do not have
         text += f"; by the pixels they light alone {fits['share_lit']:.0%}, of real images {real['share_lit']:.0%}"
     found = off(population)
-    if found:
+    if not population:
+        how = "their parameters are not compared, for as many fits as of real images are needed"
+    elif found:
         said = ", ".join(f"{name} {ratio:.1f}" for name, ratio in found.items())
         how = f"their parameters are distributed otherwise, further off than real sets by these times: {said}"
     else:

@@ -43,6 +43,13 @@ def difference(truth: np.ndarray, values: np.ndarray, axis: bool = False) -> np.
     return (apart + 90) % 180 - 90 if axis else apart
 
 
+def spread_of_axes(angles: np.ndarray) -> float:
+    """Standard deviation in degrees of angles of axes, (N,), about their mean direction; NaN entries left out."""
+    angles = angles[np.isfinite(angles)]
+    mean = np.rad2deg(np.angle(np.exp(2j * np.deg2rad(angles)).mean())) / 2
+    return float(np.sqrt(np.square(difference(mean, angles, axis=True)).mean()))
+
+
 def spread(values: np.ndarray) -> float:
     """Standard deviation of the Gaussian with this median absolute deviation: a round source has no angle at all."""
     return 1.4826 * float(np.median(np.abs(values - np.median(values))))

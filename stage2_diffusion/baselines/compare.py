@@ -26,7 +26,7 @@ from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.evaluation.comparison import read, require_comparable, short_names, write
 from shared.evaluation.verdict import SKIPPABLE
-from shared.files import make_folder
+from shared.files import make_folder, require_name
 from shared.report import rows, save_picture
 
 COUNT, FITS, SHOWN = 500, 60, 8
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--skip", nargs="+", choices=SKIPPABLE, help="of the scores")
     a, overrides = parser.parse_known_args(argv)
+    require_name(a.out)
     make_folder(a.out.parent)
     if a.reference is not None:
         trained_and_scored(a, overrides)

@@ -68,6 +68,7 @@ def test_images_without_truth_are_fitted_alike(
         (["{data}", "--margin", "75"], "leaves nothing"),
         (["{data}", "--count", "0"], "--count"),
         (["{data}", "--out", "{data}/images.npy/fits"], "choose another --out"),
+        (["{data}", "--out", "."], "--out . is no name for files: give one, such as --out result"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -10,7 +10,7 @@ import pytest
 from shared.cli import main
 from shared.data.cache import LensImages
 from stage2_diffusion import evaluate
-from stage2_diffusion.evaluate import cost, guide_of, read_samples
+from stage2_diffusion.evaluate import cost, digest, guide_of, read_samples
 from stage2_diffusion.generator import Generator
 from stage2_diffusion.train import main as train
 from tests.blobs import blobs
@@ -98,3 +98,11 @@ def test_samples_of_a_guide_that_is_gone_are_scored(home: Path, capsys: pytest.C
     assert "cost" not in metrics
     assert metrics["n"] == 20 <= len(LensImages("data/blobs").split("test")) / 2
     assert "neither timed nor filmed" in capsys.readouterr().err
+
+
+def test_lenses_that_were_asked_for_anew_are_drawn_anew() -> None:
+    """A corrected table of parameters leaves the pixels of a data set, and so its fingerprint, as they are."""
+    told = {"theta_E": [1.0, 1.2], "class": ["no", "vort"]}
+    assert digest(told) == digest(dict(reversed(told.items())))
+    assert digest(told) != digest(told | {"theta_E": [1.0, 1.3]}) != digest(told | {"class": ["no", "no"]})
+    assert digest({}) == ""

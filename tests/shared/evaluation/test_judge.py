@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from shared.cli import run
-from shared.data.cache import LensImages
+from shared.data.cache import CacheWriter, LensImages
 from shared.errors import UserError
 from shared.evaluation import comparison, damage, judge, page
 from shared.evaluation.measure import ImageSet, of_data
 from shared.evaluation.reference import halves
-from shared.evaluation.verdict import LEVEL, fewer, stands_out, summary, verdict
+from shared.evaluation.verdict import LEVEL, _lenses, fewer, stands_out, summary, verdict
 from shared.simulate.again import Simulation
 from shared.simulate.preset import Preset
 from shared.simulate.run import simulate_to
@@ -83,11 +83,53 @@ def test_what_is_planted_is_said(data: LensImages) -> None:
 def test_too_little_is_refused_before_anything_is_measured(
     data: LensImages, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match=r"makes images \(1, 150, 150\)"):
+    with pytest.raises(UserError, match=r"was not simulated here: say which lenses to fit, as --preset deeplense"):
         judge.plan(options(fit=3), data, [Means()], 4)
+    with pytest.raises(UserError, match=r"makes images \(1, 150, 150\)"):
+        judge.plan(options(fit=3, preset="deeplense"), data, [Means()], 4)
     with pytest.raises(UserError, match="no protocol 'nativ150'"):
         judge.plan(options(protocol=["nativ150"]), data, [Means()], 4)
     assert judge.plan(options(), data, [Means()], 4).fitter is None
+
+
+def test_samples_that_were_asked_for_real_images_are_not_judged_beside_these(data: LensImages) -> None:
+    """What does just as it is told makes twins of images of one half: nearer to them than to any image it has learned."""
+    n = 40
+    half = of_data(data, halves(data, n)[1])
+    twins = half.changed(
+        "twins", lambda x, _: x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    )
+    plan = judge.plan(options(skip=["two-sample", "distributions"]), data, [Means()], n)
+    found = judge.judge(plan, {"samples": twins}, {"x": np.arange(n, dtype=float)}).metrics["memory"]["as they are"]
+    assert abs(found["nearer"] - found["nearer_expected"]) < 4 * found["nearer_sd"]
+    assert found["copies"] <= 1
+    alone = judge.judge(plan, {"samples": twins}, {}).metrics["memory"]["as they are"]
+    assert alone["nearer"] < alone["nearer_expected"] - 4 * alone["nearer_sd"]
+
+
+def test_only_samples_of_the_class_that_is_fitted_are_fitted() -> None:
+    preset = Preset.load("deeplense-test1")
+    kinds = np.array(["no", "vort", "no", "sphere"])
+    assert judge.fittable(preset, {"class": kinds}, 4).tolist() == [0, 2]
+    assert judge.fittable(preset, {"class": kinds[[1, 3]]}, 2).tolist() == []
+    assert judge.fittable(preset, {}, 4).tolist() == [0, 1, 2, 3]
+    assert judge.fittable(Preset.load("deeplense"), {}, 4).tolist() == [0, 1, 2, 3]
+
+
+def test_images_of_two_bands_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path / "data", 200, (2, 8, 8), {"kind": "test"})
+    for chunk in writer.pending():
+        writer.write(chunk, np.random.default_rng(0).random((len(chunk), 2, 8, 8), np.float32))
+    writer.finish()
+    with pytest.raises(UserError, match="images of 2 bands: scores are of one band, or of three"):
+        judge.plan(options(), LensImages(tmp_path / "data"), [Means()], 4)
+
+
+def test_where_no_parameters_were_compared_none_are_called_alike() -> None:
+    fits = {"n": 15, "share": 1.0, "interval": [0.8, 1.0]}
+    _, text = _lenses(fits, {**fits, "n": 20}, {})
+    assert "no parameter" not in text
+    assert "not compared" in text
 
 
 # --- damages ----------------------------------------------------------------------------------------------------------

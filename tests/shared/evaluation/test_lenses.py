@@ -6,6 +6,7 @@ import pytest
 from shared.evaluation.lenses import fit_images, lens_share, population, told_and_found
 from shared.evaluation.measure import of_tensor
 from shared.evaluation.tables import fit_rows
+from shared.metrics import obedience
 from shared.metrics.lens_fit import LensFitter
 from shared.simulate.images import observe, render
 from shared.simulate.preset import Preset, draw_parameters
@@ -38,6 +39,11 @@ def test_fits_find_what_was_planted():
     assert found["parameters"]["x_s"]["r2"] > 0.99
     assert found["parameters"]["PA_s"]["n"] < 8  # one of them is round
     assert found["parameters"]["PA_s"]["r2"] > 0.98
+    angles, errors = fits.parameters["PA_s"], fits.errors["PA_s"]
+    narrow = {"PA_s": (angles[np.argmin(errors)] + np.linspace(-3, 3, 8)) % 180}  # a spread of 2 degrees
+    few = told_and_found(fits, narrow)["PA_s"]["n"]
+    assert few == (errors < obedience.spread_of_axes(narrow["PA_s"]) / 3).sum()
+    assert 0 < few < found["parameters"]["PA_s"]["n"]
     nothing = {**lens_share(fits), "parameters": told_and_found(fits, {})}
     header, share, lit, chi2, *rows = fit_rows({"real": found, "samples": nothing})
     assert header == ["lens fits", "real", "samples"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from shared.metrics.obedience import difference, obedience, spread
+from shared.metrics.obedience import difference, obedience, spread, spread_of_axes
 
 
 def test_a_planted_bias_and_scatter_are_found():
@@ -36,6 +36,13 @@ def test_axes_have_no_seam():
     assert found.r2 == pytest.approx(1 - 2 * (1 - np.cos(np.deg2rad(6)) * np.exp(-2 * np.deg2rad(2) ** 2)), abs=2e-3)
     assert difference(np.array([1.0]), np.array([179.0]), axis=True) == pytest.approx(-2)
     assert obedience(asked, (asked + 90) % 180, axis=True).r2 == pytest.approx(-3, abs=0.1)
+
+
+@pytest.mark.parametrize("middle", [0.0, 60.0, 179.0])
+def test_the_spread_of_axes_has_no_seam(middle):
+    angles = (middle + np.linspace(-3, 3, 3001)) % 180
+    assert spread_of_axes(angles) == pytest.approx(6 / 12**0.5, rel=1e-3)
+    assert spread_of_axes(np.append(angles, np.nan)) == spread_of_axes(angles)
 
 
 def test_the_spread_of_a_gaussian_is_its_deviation_and_outliers_leave_it_alone():

@@ -205,6 +205,7 @@ ASKED = ["--reference", "data/blobs", "--count", "30", "--fit", "0"]
         (["systems", "--reference", "data/none", "--budget", "1s"], "no data set at data/none"),
         (["systems", "--reference", "data/blobs", "--budget", "1s", "--count", "9999"], "allow --count"),
         (["systems", *ASKED, "--budget", "soon"], "such as 10min"),
+        (["systems", *ASKED, "--budget", "1s", "--out", "."], "--out . is no name for files"),
         (["systems", *ASKED, "--budget", "1s", "--backbne.width", "4"], "backbne: unknown key"),
         (["systems", "systems/one.yaml", *ASKED, "--budget", "1s"], "two of them are called one"),
         (["none.yaml", *ASKED, "--budget", "1s"], "none.yaml"),
