@@ -15,13 +15,14 @@ from shared.errors import UserError
 from shared.report import save_grid
 from shared.training import StageModule
 from stage1_vqvae.losses import ReconstructionLoss
-from stage1_vqvae.noise import enough, estimate_law, recorrupt
+from stage1_vqvae.noise import enough, estimate_law, noise_of_bands, recorrupt
 from stage1_vqvae.quantizers import CodeUsage
 from stage1_vqvae.regularize import Regularizer
 from stage1_vqvae.vqvae import VQVAE
 
 VALIDATION = 256  # images; PSNR to 0.05 dB
 BATCH = 64  # of them at a time
+UNEQUAL = 1.5  # times the noise of another band: what a law of both is no good for
 SMALLEST = 6  # pixels a side: structural similarity reflects five
 SETTLE = 100  # steps of a quantiser before its codes are judged
 
@@ -43,7 +44,14 @@ class VQVAEModule(StageModule):
             raise UserError(
                 f"{images.path} holds pixels that are NaN or infinite: delete the folder and prepare it again"
             )
-        law = estimate_law(transform.light(self.unit(transform(sample))))
+        light = transform.light(self.unit(transform(sample)))
+        if (most := max(noise := noise_of_bands(light))) > UNEQUAL * min(noise):
+            parts = ", ".join(f"{deviation / most:.2g}" for deviation in noise)
+            tqdm.write(
+                f"warning: the noise of the bands is as {parts}, and one law is drawn over all of them: divide each band by "
+                "its noise and prepare the images again, or the faintest noise will be too strong"
+            )
+        law = estimate_law(light)
         channels = network.image_shape[0]
         alpha = config.noise.recorrupt
         noisier = 1 + alpha**-2 if alpha > 0 else 1.0

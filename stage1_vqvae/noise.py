@@ -318,6 +318,11 @@ def estimate_law(images: Tensor) -> NoiseLaw:
     return law
 
 
+def noise_of_bands(images: Tensor) -> list[float]:
+    """The standard deviation of the dark pixels of each band of images (N, C, H, W), which have one law together."""
+    return [float(estimate_law(band).a.clamp_min(0).sqrt()) for band in images.split(1, dim=1)]
+
+
 def recorrupt(images: Tensor, law: NoiseLaw, alpha: float) -> tuple[Tensor, Tensor]:
     """images (N, C, H, W) -> two of each whose noises do not correlate: images + alpha e and images - e / alpha, e drawn by
     the law (R2R, Pang et al. 2021).

@@ -81,6 +81,19 @@ def test_images_that_come_class_by_class_are_judged_by_all_of_them(tmp_path: Pat
     assert float(step.criterion.law.a.sqrt()) * span > 3  # that of the first half alone is 1
 
 
+def test_bands_of_unequal_noise_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, second in (("alike", NOISE), ("apart", 6 * NOISE)):
+        rng, clean = np.random.default_rng(1), lights(100)
+        bands = [clean + deviation * rng.standard_normal(clean.shape) for deviation in (NOISE, second)]
+        images = np.concatenate(bands, 1).astype(np.float32)
+        writer = CacheWriter(tmp_path / name, 100, (2, 30, 30), {"kind": "test"})
+        for chunk in writer.pending():
+            writer.write(chunk, images[chunk.start : chunk.stop])
+        writer.finish()
+        module(tmp_path / name)
+        assert ("the noise of the bands is as 0.17, 1" in capsys.readouterr().out) == (name == "apart")
+
+
 def test_images_that_are_too_small_are_told(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path / "data", 100, (1, 5, 9), {"kind": "test"}, normalise=Normalisation.parse("none"))
     for chunk in writer.pending():

@@ -4,7 +4,17 @@ import pytest
 import scipy.stats
 import torch
 
-from stage1_vqvae.noise import HIGH_PASS, MANY, NoiseLaw, estimate_law, likelihood, poisson, recorrupt, standard_normal
+from stage1_vqvae.noise import (
+    HIGH_PASS,
+    MANY,
+    NoiseLaw,
+    estimate_law,
+    likelihood,
+    noise_of_bands,
+    poisson,
+    recorrupt,
+    standard_normal,
+)
 
 COUNTS = 800.0  # at the peak of a DeepLense image; its sky is 10
 SKY = 10.0
@@ -32,6 +42,14 @@ def test_fit_recovers_poisson_noise() -> None:
     assert float(law.b) == pytest.approx(1 / COUNTS, rel=0.03)
     variance, expected = torch.tensor(curve["variance"]), torch.tensor(curve["law"])
     assert ((variance / expected - 1).abs() < 0.15).all()
+
+
+def test_bands_of_unequal_noise_are_seen() -> None:
+    torch.manual_seed(0)
+    clean = rings(60).repeat(1, 3, 1, 1)
+    deviations = torch.tensor([0.01, 0.02, 0.06])
+    noise = noise_of_bands(clean + deviations[:, None, None] * torch.randn_like(clean))
+    assert noise == pytest.approx(deviations.tolist(), rel=0.1)
 
 
 def test_one_image_says_nothing_of_how_images_were_scaled() -> None:
