@@ -179,6 +179,11 @@ def colour_of(j: int) -> str:
     return COLOURS[j % len(COLOURS)]
 
 
+def style_of(j: int) -> dict[str, Any]:
+    """Colour, dashes and marker of the j-th line of a figure with many."""
+    return {"color": colour_of(j), "ls": ("-", "--")[j // len(COLOURS) % 2], "marker": "os^Dv<>P*X"[j % 10]}
+
+
 def panels(count: int, width: float = 5.2, height: float = 3.2, columns: int | None = None) -> tuple[Any, list[Any]]:
     """A matplotlib figure with `count` axes, all side by side or in rows of `columns`, without pyplot's global state."""
     columns = min(columns or count, count)

@@ -32,7 +32,7 @@ from shared.files import make_folder, markdown, resumed, write_atomically
 from shared.metrics import fid
 from shared.metrics.lens_fit import LensFitter
 from shared.registry import names
-from shared.report import colour_of, panels, rasterise, save_picture
+from shared.report import panels, rasterise, save_picture, style_of
 from stage2_diffusion.generator import Generator
 from stage2_diffusion.sample import add_model, draw, load_model, seed_range
 
@@ -157,7 +157,7 @@ def figure(cells: Sequence[Cell]) -> Image.Image:
     for j, sampler in enumerate(dict.fromkeys(cell["sampler"] for cell in cells)):
         own = sorted((cell for cell in cells if cell["sampler"] == sampler), key=lambda cell: cell["steps"])
         steps = [cell["steps"] for cell in own]
-        style = {"color": colour_of(j), "marker": "os^Dv<>P"[j % 8], "ms": 4, "lw": 1.2}
+        style = {**style_of(j), "ms": 4, "lw": 1.2}
         for axis, metric in zip(axes, metrics, strict=False):
             axis.plot(steps, [cell["distances"][metric]["excess"] for cell in own], label=sampler, **style)
         axes[len(metrics)].plot(steps, [typical(cell["physics"].values()) for cell in own], label=sampler, **style)
@@ -172,12 +172,15 @@ def figure(cells: Sequence[Cell]) -> Image.Image:
     axes[len(metrics)].axhline(1, color="k", lw=0.6)
     axes[len(metrics)].set(title="W1 of physics over that of real images", yscale="log")
     if fitted:
-        axes[-2].set(title="share of lenses at the noise level", ylim=(0, 1))
+        axes[-2].set(title="share of lenses at the noise level", ylim=(-0.03, 1.03))
         axes[-1].axhline(1, color="k", lw=0.6)
         axes[-1].set(title="chi² of the pixels that the lens lights, median", yscale="log")
+    evaluations = sorted({cell["steps"] for cell in cells})
     for axis in axes:
         axis.set(xscale="log", xlabel="evaluations of the network a lens")
-        axis.legend(fontsize=8)
+        axis.set_xticks(evaluations, map(str, evaluations))
+        axis.minorticks_off()
+    axes[0].legend(fontsize=8)
     return rasterise(drawing)
 
 
