@@ -246,7 +246,7 @@ class Copies:
 def test_the_distance_of_real_images_is_near_the_floor_and_of_copies_the_neighbours_are_near(data: Path) -> None:
     images = LensImages(data)
     distance = Distance(images, 16)
-    training, test = (images.batch(images.split(s)[: distance.n]) for s in ("train", "test"))
+    training, test = (images.batch(images.shuffled(s)[: distance.n]) for s in ("train", "test"))
     copies, fresh = (distance(Copies(x)) for x in (training, test))  # type: ignore[arg-type]
     assert copies["nearest"] == pytest.approx(0, abs=1e-6)
     assert 0.5 < fresh["nearest"] < 2
