@@ -6,7 +6,7 @@ has scored the very weights.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,7 @@ from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from shared.files import markdown
 from shared.registry import build
-
-# What a model draws by, unless its config.json says otherwise.
-SAMPLING: dict[str, Any] = {
-    "sampler": "ddim", "steps": 50, "shift": 1.0, "eta": 0.0, "grids": {}, "guidance": 1.0, "guidance_interval": [0.0, 1.0],
-}  # fmt: skip
+from shared.sampling import SAMPLING, settings_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,31 +90,6 @@ def drawn_otherwise(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> st
     drawn, own = metrics.get("sampling") or {}, SAMPLING | config["sampling"]
     usual = settings_of(own) | {"guide": None} | {key: own[key] for key in ("guidance", "guidance_interval")}
     return "; ".join(f"{key} {drawn.get(key)}, not {value}" for key, value in usual.items() if drawn.get(key) != value)
-
-
-def settings_of(
-    own: Mapping[str, Any],
-    sampler: str | None = None,
-    steps: int | None = None,
-    shift: float | None = None,
-    eta: float | None = None,
-    times: Sequence[float] | None = None,
-) -> dict[str, Any]:
-    """What drawing makes of these, under their names: `own`, the model's SAMPLING, for those that are None.
-
-    One of shift and times is None: a grid comes of either. Without both it is the model's fitted grid, if it has one
-    for this sampler and number of steps. UserError for an eta that the sampler does not take.
-    """
-    sampler, steps = sampler or own["sampler"], steps or own["steps"]
-    if eta and sampler != "ddim":
-        raise UserError(f"eta is for sampler ddim, {sampler} takes none: leave it out, or take ddim")
-    if eta is None:
-        eta = own["eta"] if sampler == "ddim" else 0.0
-    if times is None and shift is None and eta == 0:
-        times = own["grids"].get(sampler, {}).get(str(steps))
-    if times is not None:
-        return {"sampler": sampler, "steps": len(times) - 1, "shift": None, "eta": eta, "times": list(times)}
-    return {"sampler": sampler, "steps": steps, "shift": shift or own["shift"], "eta": eta, "times": None}
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:

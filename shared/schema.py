@@ -25,6 +25,7 @@ from pydantic import (
 
 from shared.config import load_config, merge, unfold
 from shared.errors import UserError
+from shared.sampling import NOISY
 
 Value = TypeVar("Value")
 AnyRun = TypeVar("AnyRun", bound="_Run")
@@ -421,7 +422,7 @@ class Sampling(Block):
     @field_validator("tune")
     @classmethod
     def _follows_the_ode(cls, tune: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        fine = not tune or (info.data.get("sampler") not in ("ddpm", "dpmpp_sde") and not info.data.get("eta"))
+        fine = not tune or (info.data.get("sampler") not in NOISY and not info.data.get("eta"))
         return _check(
             tune, fine, "needs a sampler that draws no noise on the way: not ddpm or dpmpp_sde, nor eta above 0"
         )

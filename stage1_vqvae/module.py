@@ -45,14 +45,10 @@ class VQVAEModule(StageModule):
                 f"{images.path} holds pixels that are NaN or infinite: delete the folder and prepare it again"
             )
         light = transform.light(self.unit(transform(sample)))
-        if (most := max(noise := noise_of_bands(light))) > UNEQUAL * min(noise):
-            parts = ", ".join(f"{deviation / most:.2g}" for deviation in noise)
-            tqdm.write(
-                f"warning: the noise of the bands is as {parts}, and one law is drawn over all of them: divide each band by "
-                "its noise and prepare the images again, or the faintest noise will be too strong"
-            )
-        law = estimate_law(light)
         channels = network.image_shape[0]
+        if channels > 1:
+            warn_of_unequal(noise_of_bands(light))
+        law = estimate_law(light)
         alpha = config.noise.recorrupt
         noisier = 1 + alpha**-2 if alpha > 0 else 1.0
         self.criterion = ReconstructionLoss(
@@ -109,7 +105,7 @@ class VQVAEModule(StageModule):
                 usage.update(out.indices)
         n = len(self.held_out)
         metrics = {
-            "psnr": -10 * math.log10(squares / n),
+            "psnr": -10 * math.log10(squares / n) if squares else math.inf,
             "ssim": similar / n,
             **(usage.compute() if usage else {}),
         }
@@ -130,3 +126,14 @@ class VQVAEModule(StageModule):
         if what := usage.collapse():
             self.warned_of_collapse = True
             tqdm.write(f"{self.config.name}: its codes collapse: at step {step} {what}; start again: {q.advice}")
+
+
+def warn_of_unequal(noise: list[float]) -> None:
+    """Say that bands have noise of different strengths, (C,), if they do."""
+    most = max(noise)
+    if most > UNEQUAL * min(noise):
+        parts = ", ".join(f"{deviation / most:.2g}" for deviation in noise)
+        tqdm.write(
+            f"warning: the noise of the bands is as {parts}, and one law is drawn over all of them: divide each band by "
+            "its noise and prepare the images again, or the faintest noise will be too strong"
+        )

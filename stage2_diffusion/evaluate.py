@@ -12,7 +12,6 @@ each image is kept in OUT/measured, and of real ones beside their data: a run th
 
 import argparse
 import contextlib
-import hashlib
 import json
 import platform
 import shlex
@@ -36,7 +35,7 @@ from shared.data.normalise import hint
 from shared.errors import UserError
 from shared.evaluation import judge
 from shared.evaluation.files import of_files
-from shared.evaluation.measure import BATCH, ImageSet, remembered, source
+from shared.evaluation.measure import BATCH, ImageSet, remembered, short_hash, source
 from shared.evaluation.page import report
 from shared.evaluation.reference import (
     LARGEST,
@@ -200,7 +199,7 @@ def samples_of(
 
 def digest(told: Mapping[str, Any]) -> str:
     """Of what lenses were asked to be, value by value."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16] if told else ""
+    return short_hash(json.dumps(told, sort_keys=True)) if told else ""
 
 
 def made_by(generator: Generator) -> str:
@@ -209,7 +208,7 @@ def made_by(generator: Generator) -> str:
     decoder = sys.modules[type(generator.autoencoder).__module__.partition(".")[0]]
     code = source(sys.modules[Generator.__module__.partition(".")[0]], decoder)
     where = f"{generator.device.type} {generator.precision}"
-    return f"{generator.config['sha256']} {hashlib.sha256(config.encode()).hexdigest()[:16]} {code} {where}"
+    return f"{generator.config['sha256']} {short_hash(config)} {code} {where}"
 
 
 def guide_of(sampling: Mapping[str, Any], options: argparse.Namespace) -> Generator | None:

@@ -17,9 +17,9 @@ from shared import flops
 from shared.autoencoder import Autoencoder
 from shared.checkpoint import build_autoencoder, fill, load, parts_of
 from shared.errors import UserError
-from shared.models import SAMPLING, settings_of
 from shared.precision import autocast, named_device, usable_precision
 from shared.registry import build, resolve
+from shared.sampling import SAMPLING, settings_of
 from stage2_diffusion.backbones import custom
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
@@ -105,23 +105,15 @@ class Generator:
     def device(self) -> torch.device:
         return self.autoencoder.latent_mean.device
 
-    def settings(
-        self,
-        sampler: str | None = None,
-        steps: int | None = None,
-        shift: float | None = None,
-        eta: float | None = None,
-        times: Sequence[float] | None = None,
-    ) -> dict[str, Any]:
+    def settings(self, **given: Any) -> dict[str, Any]:
         """`settings_of` this model; UserError for any of them where it is a GAN."""
         if self.one_step:
-            given = {"sampler": sampler, "steps": steps, "shift": shift, "eta": eta, "times": times}
             if other := [k for k, value in given.items() if value not in (None, ONE_STEP.get(k))]:
                 raise UserError(
                     f"this model is a GAN, which makes a lens in one evaluation without a sampler: leave out {other[0]}"
                 )
             return {**ONE_STEP, "times": None}
-        return settings_of(self.defaults, sampler, steps, shift, eta, times)
+        return settings_of(self.defaults, **given)
 
     @torch.no_grad()
     def sample(
@@ -160,7 +152,7 @@ class Generator:
         seen      told at every evaluation what the images of a batch are taken to be, guidance included: latents (n, c, h, w)
         options   of the sampler
         """
-        how = self.settings(sampler, steps, shift, eta, times)
+        how = self.settings(sampler=sampler, steps=steps, shift=shift, eta=eta, times=times)
         run, steps = resolve("sampler", how["sampler"]), how["steps"]
         if how["times"] is not None:
             options["times"] = torch.tensor(how["times"], dtype=torch.float64)

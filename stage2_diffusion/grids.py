@@ -23,6 +23,7 @@ from shared.checkpoint import amend
 from shared.cli import Parser, guard, positive, share
 from shared.errors import UserError
 from shared.registry import names
+from shared.sampling import NOISY
 from stage2_diffusion.generator import Generator
 from stage2_diffusion.sample import add_model, load_model
 
@@ -51,7 +52,7 @@ def tune(generator: Generator, sampler: str, steps: int, *, count: int = 32, las
     Quasi-Newton over the widths of the steps in c = sigma / (alpha + sigma), from the better even grid; derivatives are
     differences, which take no more memory than sampling. A geometric mean, so that no few hard noises decide.
     """
-    if sampler in ("ddpm", "dpmpp_sde", "consistency"):
+    if sampler in NOISY:
         raise UserError(f"{sampler} draws noise at every step, on any grid: tune a sampler that follows the ODE")
     intervals = steps - (last is not None)
     if intervals < 2:

@@ -57,7 +57,7 @@ class ImageSet:
         """The same, drawn once: batches of images are kept in files beside the measurements, until `forget`."""
         if self.kept is None:
             return self
-        folder = self.kept / f"images-{_short(self.key)}"
+        folder = self.kept / f"images-{short_hash(self.key)}"
 
         def batch(start: int) -> Tensor:
             places, file = np.arange(start, min(start + BATCH, self.n)), folder / f"{start}.npz"
@@ -81,7 +81,7 @@ class ImageSet:
     def forget(self) -> None:
         """Delete the chunks of `stored`; measurements stay."""
         if self.kept is not None:
-            shutil.rmtree(self.kept / f"images-{_short(self.key)}", ignore_errors=True)
+            shutil.rmtree(self.kept / f"images-{short_hash(self.key)}", ignore_errors=True)
 
     def subset(self, places: np.ndarray) -> "ImageSet":
         digest = hashlib.sha256(np.ascontiguousarray(places, np.int64).data).hexdigest()[:16]
@@ -129,8 +129,8 @@ def source(*modules: ModuleType) -> str:
 
 def remembered(images: ImageSet, what: str, make: Callable[[], Any]) -> Any:
     """make(), of plain types, or what it gave before for these images and the same `what`."""
-    folder = None if images.kept is None else images.kept / _short(images.key)
-    file = None if folder is None else folder / f"{_short(what)}.json"
+    folder = None if images.kept is None else images.kept / short_hash(images.key)
+    file = None if folder is None else folder / f"{short_hash(what)}.json"
     if file is not None:
         with contextlib.suppress(OSError, ValueError):
             return json.loads(file.read_text())
@@ -179,14 +179,15 @@ def joined(parts: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]} if parts else {}
 
 
-def _short(text: str) -> str:
+def short_hash(text: str) -> str:
+    """Of a key, what names a file."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _file(images: ImageSet, one: Measure, start: int, count: int) -> Path | None:
     if images.kept is None:
         return None
-    return images.kept / _short(images.key) / f"{_short(f'{one.name} {one.identity}')}-{start}-{count}.npz"
+    return images.kept / short_hash(images.key) / f"{short_hash(f'{one.name} {one.identity}')}-{start}-{count}.npz"
 
 
 def _read(file: Path | None) -> dict[str, np.ndarray] | None:

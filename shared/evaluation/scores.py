@@ -1,6 +1,5 @@
 """What was measured of sets of images, compared with real ones: each score beside its floor."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import partial
@@ -14,7 +13,17 @@ from shared.data import symmetries
 from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation import protocols
-from shared.evaluation.measure import ImageSet, Measure, Measured, features_of, measure, of_data, remembered, source
+from shared.evaluation.measure import (
+    ImageSet,
+    Measure,
+    Measured,
+    features_of,
+    measure,
+    of_data,
+    remembered,
+    short_hash,
+    source,
+)
 from shared.evaluation.protocols import Protocol
 from shared.metrics import distribution, fid, memorisation, physics, two_sample, use
 
@@ -93,7 +102,7 @@ def memory(reference: LensImages, unseen: np.ndarray, samples: ImageSet) -> dict
     known, whole = symmetries.allowed(reference), symmetries.group(*reference.image_shape[1:])
     places = {"as allowed" if known else "as they are": known or ("identity",), "turned": whole}
     transform = reference.transform
-    sets = [samples, *(of_data(reference, some) for some in (reference.split("train"), unseen))]
+    sets = [samples, of_data(reference, reference.split("train")), of_data(reference, unseen)]
     seen = [one.changed("seen", lambda images, _: transform.unit(images)) for one in sets]
 
     def search() -> dict[str, Any]:
@@ -135,7 +144,7 @@ def usefulness(reference: LensImages, unseen: np.ndarray, samples: ImageSet, kin
 
 
 def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(repr(values.tolist()).encode()).hexdigest()[:16]
+    return short_hash(repr(values.tolist()))
 
 
 def under_protocol(
