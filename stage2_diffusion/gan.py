@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from shared.autoencoder import Autoencoder
 from shared.patchgan import Discriminator
-from stage2_diffusion.backbones.layers import attend, group_norm, require_levels
+from stage2_diffusion.backbones.layers import attend, group_norm, require_levels, split_heads
 from stage2_diffusion.generator import ONE_STEP, Generator
 from stage2_diffusion.module import Latents, SampledModule, save_previews
 from stage2_diffusion.schedule import NoiseSchedule
@@ -40,7 +40,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         tokens = self.qkv(x).flatten(2).transpose(1, 2)  # (N, hw, 3c)
-        attended = attend(tokens.reshape(n, h * w, 3, 1, c))
+        attended = attend(*split_heads(tokens, 1))
         return x + self.gain * self.out(attended.transpose(1, 2).reshape(n, c, h, w))
 
 

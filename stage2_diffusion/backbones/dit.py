@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from shared.errors import UserError
-from stage2_diffusion.backbones.layers import Embedding, zeroed
+from stage2_diffusion.backbones.layers import Embedding, attend, split_heads, zeroed
 
 
 class Attention(nn.Module):
@@ -19,11 +19,11 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
 
     def forward(self, tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(tokens), "n t (three heads d) -> three n heads t d", three=3, heads=self.heads)
+        q, k, v = split_heads(self.qkv(tokens), self.heads)
         # in float32, for a norm of float32 weights and bfloat16 vectors falls back to a slow path; autocast casts back
         q = rotate(self.norm_q(q.float()), cos, sin)
         k = rotate(self.norm_k(k.float()), cos, sin)
-        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n heads t d -> n t (heads d)"))
+        return self.out(attend(q, k, v))
 
 
 class SwiGLU(nn.Module):

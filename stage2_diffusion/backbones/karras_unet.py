@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_diffusion.backbones.layers import Waves, attend, require_heads, require_levels, zeroed
+from stage2_diffusion.backbones.layers import Waves, attend, require_heads, require_levels, split_heads, zeroed
 
 RESIDUAL = 0.3  # share of a block in the sum with what it was given
 
@@ -82,7 +82,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         tokens = x.flatten(2).transpose(1, 2)  # (N, hw, c): a view, if x is in channels_last
-        attended = attend(unit(self.qkv(tokens).reshape(n, h * w, 3, self.heads, -1), -1))
+        attended = attend(*unit(split_heads(self.qkv(tokens), self.heads), -1))
         return mix(x, self.out(attended).transpose(1, 2).reshape(n, c, h, w), RESIDUAL)
 
 

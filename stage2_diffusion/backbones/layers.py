@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from shared.errors import UserError
@@ -46,10 +47,19 @@ class Embedding(nn.Module):
         return time + rest[0] if rest else time
 
 
-def attend(qkv: Tensor) -> Tensor:
-    """Queries, keys and values (N, T, 3, heads, d) -> what each token attends to, (N, T, heads d)."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def split_heads(qkv: Tensor, heads: int) -> Tensor:
+    """(N, T, 3 heads d) -> queries, keys and values (3, N, heads, T, d)."""
+    return rearrange(qkv, "n t (three heads d) -> three n heads t d", three=3, heads=heads)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Queries, keys and values (N, heads, T, d) -> what each token attends to, (N, T, heads d)."""
+    if not q.is_cpu:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    # a CPU's kernel of half precision takes 1.5 times as long as that of float32, and 7 times backwards
+    with torch.autocast("cpu", enabled=False):
+        attended = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    return attended.to(v.dtype).transpose(1, 2).flatten(2)
 
 
 def require_heads(backbone: str, channels: int, heads: int) -> None:

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_diffusion.backbones.layers import Embedding, attend, group_norm, require_heads, require_levels, zeroed
+from stage2_diffusion.backbones.layers import (
+    Embedding,
+    attend,
+    group_norm,
+    require_heads,
+    require_levels,
+    split_heads,
+    zeroed,
+)
 
 
 class ResBlock(nn.Module):
@@ -44,7 +52,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, hw, c): a view, if x is in channels_last
-        attended = attend(self.qkv(tokens).reshape(n, h * w, 3, self.heads, -1))
+        attended = attend(*split_heads(self.qkv(tokens), self.heads))
         return x + self.out(attended).transpose(1, 2).reshape(n, c, h, w)
 
 
