@@ -40,7 +40,7 @@ from shared.metrics import fid
 from shared.precision import autocast, check_device, named_device, usable_precision
 from shared.report import save_picture
 from shared.simulate.again import Simulation
-from stage1_vqvae.noise import LIT, NoiseLaw
+from stage1_vqvae.noise import LIT, NoiseLaw, NoiseLaws, law_of
 from stage1_vqvae.quantizers import CodeUsage, Quantizer
 from stage1_vqvae.report import SHOWN, draw, quality_rows, report
 from stage1_vqvae.vqvae import VQVAE
@@ -233,7 +233,7 @@ def evaluate(
     # Of the data and not of the model: pixels that are lit are the same for every model.
     background = float(np.median(sky(reference.batch(other[:256]).numpy())[0]))
     law, own_law = noise_law(model, reference, precision)
-    dark_noise = float(law.a.sqrt())
+    dark_noise = float(law.a.sqrt().median())
     bright = transform.high - background
     edges = torch.from_numpy(np.geomspace(min(2 * dark_noise, bright / 4), bright, 24)).float()
     measured = {name: Measured(networks, transform) for name in ("reference", "real", "reconstructions", TRUTH, AGAIN)}
@@ -356,7 +356,7 @@ def reconstruct(
     return clean.cpu().contiguous(), observed.cpu().contiguous(), codes.cpu(), said
 
 
-def spread(law: NoiseLaw, clean: Tensor, said: Tensor | None) -> Tensor:
+def spread(law: NoiseLaw | NoiseLaws, clean: Tensor, said: Tensor | None) -> Tensor:
     """Variance of the noise of each pixel, by the law and what the decoder says of it."""
     return law.variance(clean) * (1.0 if said is None else said.exp())
 
@@ -378,14 +378,14 @@ def code_use(indices: Tensor, quantizer: Quantizer) -> tuple[dict[str, Any], lis
 
 
 @torch.no_grad()
-def noise_law(model: VQVAE, reference: LensImages, precision: str) -> tuple[NoiseLaw, bool]:
+def noise_law(model: VQVAE, reference: LensImages, precision: str) -> tuple[NoiseLaw | NoiseLaws, bool]:
     """The model's noise law on the CPU, and True; where it has none one that is fitted to validation images, and False."""
     law = deepcopy(model.noise).cpu()
-    if bool(law.a > 0):
+    if bool((law.a > 0).any()):
         return law, True
     held_out = reference.shuffled("validation")
     real = reference.batch((held_out if len(held_out) else reference.shuffled("test"))[:FITTED_TO])
-    law = NoiseLaw()
+    law = law_of(reference.image_shape[0])
     law.fit(real, torch.cat([reconstruct(model, batch, 0, precision)[0] for batch in real.split(BATCH)]))
     return law, False
 
@@ -423,7 +423,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def pictured(
-    model: VQVAE, reference: LensImages, indices: np.ndarray, law: NoiseLaw, precision: str
+    model: VQVAE, reference: LensImages, indices: np.ndarray, law: NoiseLaw | NoiseLaws, precision: str
 ) -> tuple[Tensor, ...]:
     """Images, their clean and their observed reconstructions, and the variance of their noise, each (n, C, H, W)."""
     real = reference.batch(indices)

@@ -16,7 +16,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from shared.data.normalise import PixelTransform
 from shared.metrics.efficientnet import efficientnet_lite0
 from stage1_vqvae.adversary import BETAS, Adversary, feature_distance
-from stage1_vqvae.noise import NoiseLaw, likelihood
+from stage1_vqvae.noise import NoiseLaw, NoiseLaws, likelihood
 
 KNEE = 0.02  # of full scale: about where a lens image goes over from background to arc
 
@@ -27,7 +27,7 @@ def stretched_l1(output: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(torch.asinh(output / KNEE) / scale, torch.asinh(target / KNEE) / scale)
 
 
-def chi(output: Tensor, target: Tensor, law: NoiseLaw, delta: float = 3.0, noisier: float = 1.0) -> Tensor:
+def chi(output: Tensor, target: Tensor, law: NoiseLaw | NoiseLaws, delta: float = 3.0, noisier: float = 1.0) -> Tensor:
     """Residuals in units of the noise: quadratic up to about `delta` standard deviations, linear beyond (pseudo-Huber).
 
     The pixels are linear in the data, as the law is. The noise is that of the output, without gradient:
@@ -115,7 +115,7 @@ class ReconstructionLoss(nn.Module):
         adversarial_start: int = 1000,
         discriminator_lr: float = 2e-4,
         discriminator_width: int = 32,
-        law: NoiseLaw,
+        law: NoiseLaw | NoiseLaws,
         transform: PixelTransform,
         channels: int = 1,
         noisier: float = 1.0,

@@ -15,14 +15,13 @@ from shared.errors import UserError
 from shared.report import save_grid
 from shared.training import StageModule
 from stage1_vqvae.losses import ReconstructionLoss
-from stage1_vqvae.noise import enough, estimate_law, noise_of_bands, recorrupt
+from stage1_vqvae.noise import enough, estimate_law, recorrupt
 from stage1_vqvae.quantizers import CodeUsage
 from stage1_vqvae.regularize import Regularizer
 from stage1_vqvae.vqvae import VQVAE
 
 VALIDATION = 256  # images; PSNR to 0.05 dB
 BATCH = 64  # of them at a time
-UNEQUAL = 1.5  # times the noise of another band: what a law of both is no good for
 SMALLEST = 6  # pixels a side: structural similarity reflects five
 SETTLE = 100  # steps of a quantiser before its codes are judged
 
@@ -45,14 +44,11 @@ class VQVAEModule(StageModule):
                 f"{images.path} holds pixels that are NaN or infinite: delete the folder and prepare it again"
             )
         light = transform.light(self.unit(transform(sample)))
-        channels = network.image_shape[0]
-        if channels > 1:
-            warn_of_unequal(noise_of_bands(light))
         law = estimate_law(light)
         alpha = config.noise.recorrupt
         noisier = 1 + alpha**-2 if alpha > 0 else 1.0
         self.criterion = ReconstructionLoss(
-            **config.loss.model_dump(), law=law, transform=transform, channels=channels, noisier=noisier
+            **config.loss.model_dump(), law=law, transform=transform, channels=network.image_shape[0], noisier=noisier
         )
         options = config.regularize.model_dump()
         self.regularize = Regularizer(**options) if any(options.values()) else None
@@ -126,14 +122,3 @@ class VQVAEModule(StageModule):
         if what := usage.collapse():
             self.warned_of_collapse = True
             tqdm.write(f"{self.config.name}: its codes collapse: at step {step} {what}; start again: {q.advice}")
-
-
-def warn_of_unequal(noise: list[float]) -> None:
-    """Say that bands have noise of different strengths, (C,), if they do."""
-    most = max(noise)
-    if most > UNEQUAL * min(noise):
-        parts = ", ".join(f"{deviation / most:.2g}" for deviation in noise)
-        tqdm.write(
-            f"warning: the noise of the bands is as {parts}, and one law is drawn over all of them: divide each band by "
-            "its noise and prepare the images again, or the faintest noise will be too strong"
-        )

@@ -9,6 +9,7 @@ which is the law `affine`, with normal noise. The law `image` adds what real ima
 it: a background of their own, on which a depends (exposures differ); noise that is not normal (few photons, cut at 0);
 whole counts; a scale of their own (each image from 0 to 1). Where variance and counts are those of photons, photons are
 drawn, and the scale is taken from them as it was from the real ones. A decoder may also say by how much the law is wrong.
+Images of several bands have a law for each.
 """
 
 import math
@@ -42,7 +43,8 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class NoiseLaw(nn.Module):
-    """What is added to clean images; fresh, nothing. Buffers, in the data's own units:
+    """What is added to clean images, of one band or of bands that are alike; fresh, nothing. Buffers, in the data's own
+    units:
 
     dark, low    variance of the background: dark · (1, x, x²) of an image whose `level` lies x above low
     b            what a unit of signal above the background adds to the variance
@@ -122,11 +124,12 @@ class NoiseLaw(nn.Module):
             images = clean + sd * self._shaped(z, (clean - self.low) / sd.clamp_min(torch.finfo(sd.dtype).tiny))
             if self.step > 0:
                 images = ((images - self.low) / self.step).round().clamp_min(0) * self.step + self.low
-        if self.scaled:
-            least, greatest = images.amin((-3, -2, -1), keepdim=True), images.amax((-3, -2, -1), keepdim=True)
-            share = (images - least) / torch.where(greatest > least, greatest - least, 1.0)
-            images = self.scale[0] + (self.scale[1] - self.scale[0]) * share
-        return images
+        return _scaled(images, self.scale) if self.scaled else images
+
+    def told(self) -> dict[str, Any]:
+        """What a user is told of it: a and b of the variance, the background, the step of counts, whether it scales."""
+        numbers = {name: float(getattr(self, name)) for name in ("a", "b", "background", "step")}
+        return {**numbers, "scaled": self.scaled}
 
     def _dark(self, level: Tensor) -> Tensor:
         x = (level - self.low).clamp_min(0)
@@ -220,11 +223,7 @@ class NoiseLaw(nn.Module):
     def _fit_counts(self, images: Tensor, clean: Tensor, level: Tensor) -> None:
         """Whether images hold whole counts, whether they are of photons, and whether each was scaled to the same least and
         greatest value."""
-        least, greatest = images.amin((1, 2, 3)), images.amax((1, 2, 3))
-        if len(images) > 1 and bool((least == least[0]).all() and (greatest == greatest[0]).all()):
-            self.scale.copy_(torch.stack([least[0], greatest[0]]))
-        else:
-            self.scale.zero_()
+        self.scale.copy_(_scale(images))
         steps = torch.tensor([_count(image) for image in images[:COUNTED]]).to(images)
         self.step.copy_(steps.mean() if bool((steps > 0).all()) else torch.zeros(()))
         self._fit_photons(steps, clean[:COUNTED], level[:COUNTED])
@@ -294,6 +293,69 @@ class NoiseLaw(nn.Module):
             self.table[k] = found[min(found, key=lambda other: abs(other - k))]
 
 
+class NoiseLaws(nn.Module):
+    """A law for each band, each drawn and fitted by itself; to use as a `NoiseLaw`, whose numbers are (C, 1, 1) here.
+
+    scale   (2,) least and greatest value of every image over all of its bands, where it was scaled to them
+    """
+
+    bands: nn.ModuleList
+    scale: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bands = nn.ModuleList(NoiseLaw() for _ in range(channels))
+        self.register_buffer("scale", torch.zeros(2))
+
+    @property
+    def a(self) -> Tensor:
+        return torch.stack([law.a for law in self._laws])[:, None, None]
+
+    @property
+    def background(self) -> Tensor:
+        return torch.stack([law.background for law in self._laws])[:, None, None]
+
+    def variance(self, clean: Tensor) -> Tensor:
+        return torch.cat([law.variance(band) for law, band in zip(self._laws, clean.split(1, 1), strict=True)], 1)
+
+    def forward(self, clean: Tensor, generator: Generators = None, log_ratio: Tensor | None = None) -> Tensor:
+        if clean.requires_grad:
+            return clean + (self(clean.detach(), generator, log_ratio) - clean.detach())
+        bands = zip(clean.split(1, 1), self._split(log_ratio), strict=True)
+        drawn = [law(light, generator, said) for law, (light, said) in zip(self._laws, bands, strict=True)]
+        images = torch.cat(drawn, 1)
+        return _scaled(images, self.scale) if self.scale[0] < self.scale[1] else images
+
+    @torch.no_grad()
+    def fit(
+        self, images: Tensor, clean: Tensor, law: str = "affine", log_ratio: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Fit each to its band; return the variance-signal curve of each, {"bands": [...]}."""
+        bands = zip(images.split(1, 1), clean.split(1, 1), self._split(log_ratio), strict=True)
+        curves = [own.fit(image, light, law, said) for own, (image, light, said) in zip(self._laws, bands, strict=True)]
+        if law == "image":
+            self.scale.copy_(_scale(images))
+        return {"bands": curves}
+
+    def told(self) -> dict[str, Any]:
+        """What `NoiseLaw.told` says, in a list of the bands."""
+        told = [law.told() for law in self._laws]
+        whole = bool(self.scale[0] < self.scale[1])
+        return {key: [own[key] for own in told] for key in told[0]} | ({"scaled": True} if whole else {})
+
+    @property
+    def _laws(self) -> list[NoiseLaw]:
+        return list(self.bands)  # type: ignore[arg-type]
+
+    def _split(self, log_ratio: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * len(self.bands) if log_ratio is None else log_ratio.split(1, 1)
+
+
+def law_of(channels: int) -> NoiseLaw | NoiseLaws:
+    """What adds nothing yet to images of so many bands."""
+    return NoiseLaw() if channels == 1 else NoiseLaws(channels)
+
+
 def likelihood(residual: Tensor, variance: Tensor, log_ratio: Tensor, beta: float = 0.5) -> Tensor:
     """Negative log-likelihood of residuals whose variance is the law's times exp(log_ratio), each weighed by that to the
     power beta (Seitzer et al. 2022, arXiv 2203.09168): at beta = 0 pixels that are badly fitted could buy themselves off
@@ -307,23 +369,18 @@ def enough(n: int, image_shape: Sequence[int]) -> int:
     return min(n, max(8, ENOUGH // math.prod(image_shape)))
 
 
-def estimate_law(images: Tensor) -> NoiseLaw:
+def estimate_law(images: Tensor) -> NoiseLaw | NoiseLaws:
     """A first law from images alone, (N, C, H, W), before there is a decoder: a 5 px mean stands in for the clean light.
 
     Good to some per cent where the light is smooth over five pixels; the training loss weighs its pixels by it.
     """
     images = images[: enough(len(images), images.shape[1:])]
-    law = NoiseLaw().to(images.device)
+    law = law_of(images.shape[1]).to(images.device)
     law.fit(images, smooth(images))
     return law
 
 
-def noise_of_bands(images: Tensor) -> list[float]:
-    """The standard deviation of the dark pixels of each band of images (N, C, H, W), which have one law together."""
-    return [float(estimate_law(band).a.clamp_min(0).sqrt()) for band in images.split(1, dim=1)]
-
-
-def recorrupt(images: Tensor, law: NoiseLaw, alpha: float) -> tuple[Tensor, Tensor]:
+def recorrupt(images: Tensor, law: NoiseLaw | NoiseLaws, alpha: float) -> tuple[Tensor, Tensor]:
     """images (N, C, H, W) -> two of each whose noises do not correlate: images + alpha e and images - e / alpha, e drawn by
     the law (R2R, Pang et al. 2021).
 
@@ -373,6 +430,20 @@ def standard_normal(like: Tensor, generator: Generators) -> Tensor:
     if isinstance(generator, torch.Generator):
         return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
     return torch.stack([torch.randn(like.shape[1:], generator=g, device=g.device) for g in generator]).to(like)
+
+
+def _scale(images: Tensor) -> Tensor:
+    """(2,): least and greatest value of each of them, if all have the same; else zeros."""
+    least, greatest = images.amin((1, 2, 3)), images.amax((1, 2, 3))
+    same = len(images) > 1 and bool((least == least[0]).all() and (greatest == greatest[0]).all())
+    return torch.stack([least[0], greatest[0]]) * same
+
+
+def _scaled(images: Tensor, scale: Tensor) -> Tensor:
+    """Each image (C, H, W) from the one value of scale (2,) to the other."""
+    least, greatest = images.amin((-3, -2, -1), keepdim=True), images.amax((-3, -2, -1), keepdim=True)
+    share = (images - least) / torch.where(greatest > least, greatest - least, 1.0)
+    return scale[0] + (scale[1] - scale[0]) * share
 
 
 def _count(image: Tensor) -> float:

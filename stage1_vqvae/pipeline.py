@@ -20,7 +20,7 @@ from shared.run import Run
 from shared.schema import Stage1
 from shared.training import fit
 from stage1_vqvae.module import SMALLEST, VALIDATION, VQVAEModule
-from stage1_vqvae.noise import LIT, NoiseLaw, enough, estimate_law
+from stage1_vqvae.noise import LIT, enough, estimate_law, law_of
 from stage1_vqvae.vqvae import VQVAE
 
 
@@ -80,8 +80,8 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
         "step": config.trainer.max_steps,
         "gflop": flops(autoencoder),
     }
-    curve: dict[str, list[float]] = {}
-    autoencoder.noise.load_state_dict(NoiseLaw().state_dict())  # `pretrained` brought that of other images
+    curve: dict[str, Any] = {}
+    autoencoder.noise.load_state_dict(law_of(images.image_shape[0]).state_dict())  # `pretrained` brought that of others
     if config.noise.law != "none":
         law = autoencoder.noise
         if said is not None:  # relative to the law that the decoder was trained beside, here in the data's units
@@ -91,8 +91,7 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
         if bool(lit.any()):
             excess = residual[lit].square().mean() / law.variance(clean)[lit].mean() - 1
             metrics["clean_error_over_noise"] = float(excess)
-        metrics["noise"] = {k: float(getattr(law, k)) for k in ("a", "b", "background", "step")}
-        metrics["noise"]["scaled"] = law.scaled
+        metrics["noise"] = law.told()
     published = {
         "autoencoder": autoencoder_config(autoencoder, spec),
         "precision": precision,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shared.autoencoder import Autoencoder, Shape
 from shared.data.normalise import PixelTransform
 from shared.registry import build
-from stage1_vqvae.noise import Generators, NoiseLaw
+from stage1_vqvae.noise import Generators, law_of
 from stage1_vqvae.quantizers import Quantizer
 from stage1_vqvae.regularize import Regularizer, Transformation
 
@@ -127,7 +127,7 @@ class VQVAE(Autoencoder):
             for parameter in last.parameters():
                 nn.init.zeros_(parameter[len(parameter) // 2 :])
         self.latents, self.predict_variance = latents, predict_variance
-        self.noise = NoiseLaw()
+        self.noise = law_of(channels)
 
     def forward(self, scaled: Tensor, quantize: bool = True, regularize: Regularizer | None = None) -> Reconstruction:
         """scaled (N, C, H, W) in [-1, 1] -> its reconstruction.

@@ -9,8 +9,8 @@ from stage1_vqvae.noise import (
     MANY,
     NoiseLaw,
     estimate_law,
+    law_of,
     likelihood,
-    noise_of_bands,
     poisson,
     recorrupt,
     standard_normal,
@@ -44,12 +44,62 @@ def test_fit_recovers_poisson_noise() -> None:
     assert ((variance / expected - 1).abs() < 0.15).all()
 
 
-def test_bands_of_unequal_noise_are_seen() -> None:
+def test_each_band_has_noise_of_its_own() -> None:
+    """Of photons, of few, and of none; one law of all three is the control."""
     torch.manual_seed(0)
-    clean = rings(60).repeat(1, 3, 1, 1)
-    deviations = torch.tensor([0.01, 0.02, 0.06])
-    noise = noise_of_bands(clean + deviations[:, None, None] * torch.randn_like(clean))
-    assert noise == pytest.approx(deviations.tolist(), rel=0.1)
+    clean = rings(100).repeat(1, 3, 1, 1)
+    images = torch.cat([photons(clean[:, :1]), photons(clean[:, 1:2] / 4) * 4, 0.02 * torch.randn(100, 1, 96, 96)], 1)
+    images[:, 2:] += clean[:, 2:]
+    own, one = law_of(3), NoiseLaw()
+    own.fit(images, clean, "image")
+    one.fit(images, clean, "image")
+    dark, lit = clean[:, 0] < 1.2 * SKY / COUNTS, clean[:, 0] > 0.5
+    for law, most in ((own, 0.06), (one, 0.5)):
+        noise, drawn = images - clean, law(clean) - clean
+        wrong = [
+            abs(float(drawn[:, c][part].var() / noise[:, c][part].var()) - 1) for c in range(3) for part in (dark, lit)
+        ]
+        assert max(wrong) < most if law is own else max(wrong) > most
+    assert own.told()["step"] == pytest.approx([1 / COUNTS, 4 / COUNTS, 0], rel=1e-3)
+    assert own.told()["scaled"] == [False, False, False]
+    assert own.variance(clean).shape == clean.shape
+
+
+def test_bands_scaled_together_are_drawn_so() -> None:
+    torch.manual_seed(3)
+    clean = torch.cat([rings(40), 0.5 * rings(40)], 1)
+    noisy = clean + torch.tensor([0.01, 0.03])[:, None, None] * torch.randn_like(clean)
+    low, high = noisy.amin((1, 2, 3), keepdim=True), noisy.amax((1, 2, 3), keepdim=True)
+    law, light = law_of(2), (clean - low) / (high - low)
+    law.fit(scaled(noisy), light, "image")
+    drawn = law(light, torch.Generator().manual_seed(0))
+    assert law.told()["scaled"] is True
+    assert torch.equal(drawn.amin((1, 2, 3)), torch.zeros(40))
+    assert torch.equal(drawn.amax((1, 2, 3)), torch.ones(40))
+    # The band that is neither darkest nor brightest keeps its own range.
+    assert float(drawn[:, 1].amax((1, 2)).mean()) == pytest.approx(
+        float(scaled(noisy)[:, 1].amax((1, 2)).mean()), rel=0.05
+    )
+    law.train().requires_grad_(False)
+    light.requires_grad_()
+    (slope,) = torch.autograd.grad(law(light).sum(), light)
+    assert torch.equal(slope, torch.ones_like(slope))  # the noise has none
+
+
+def test_the_bands_of_an_image_are_drawn_by_its_generator() -> None:
+    law = law_of(2)
+    for band, dark in zip(law.bands, (1e-4, 4e-4), strict=True):
+        band.dark[0] = dark
+    clean = torch.full((3, 2, 20, 20), 0.5)
+    one = law(clean, [torch.Generator().manual_seed(s) for s in (4, 5, 6)])
+    other = law(clean[:2], [torch.Generator().manual_seed(s) for s in (6, 4)])
+    assert torch.equal(one[[2, 0]], other)
+    assert not torch.equal(one[0, 0], one[0, 1])
+    said = torch.zeros_like(clean)
+    said[:, 1] = torch.tensor(4.0).log()  # of a decoder: of the second band alone
+    louder = law(clean, [torch.Generator().manual_seed(s) for s in (4, 5, 6)], said)
+    torch.testing.assert_close(louder[:, 0], one[:, 0])
+    torch.testing.assert_close(louder[:, 1] - 0.5, 2 * (one[:, 1] - 0.5))
 
 
 def test_one_image_says_nothing_of_how_images_were_scaled() -> None:
@@ -356,6 +406,7 @@ def test_noise_of_an_image_belongs_to_its_generator() -> None:
 def test_an_unfitted_law_adds_nothing() -> None:
     clean = rings(2)
     assert torch.equal(NoiseLaw()(clean), clean)
+    assert torch.equal(law_of(2)(clean.repeat(1, 2, 1, 1)), clean.repeat(1, 2, 1, 1))
 
 
 def test_a_few_small_images_give_a_law_of_some_kind():
