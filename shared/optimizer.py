@@ -39,12 +39,13 @@ def through_gram(x: Tensor) -> Tensor:
     """The same in fp32, which it needs, with all but two products on the short side: a kernel is nine times as wide as
     high, and a CPU waits for every product."""
     a, b, c = NEWTON_SCHULZ
-    gram = x @ x.mT
-    identity = torch.eye(len(x), device=x.device)
-    whole = identity
-    for _ in range(ITERATIONS):
-        step = a * identity + b * gram + c * gram @ gram
-        whole, gram = step @ whole, step @ gram @ step
+    gram = whole = x @ x.mT
+    for k in range(ITERATIONS):
+        step = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal().add_(a)
+        whole = step @ whole if k else step
+        if k + 1 < ITERATIONS:
+            gram = step @ gram @ step
     return whole @ x
 
 
