@@ -300,12 +300,16 @@ class PixelDDPM(System):
         self.gflop = count(network, x_t, t)
 
     def train(self, between: Between) -> None:
+        self.learn(endless(torch.rand(max(64, self.batch), *self.shape), self.batch), between)
+
+    def learn(self, batches: Iterator[Tensor], between: Between) -> None:
+        """Train on batches of images in [0, 1], as its own Trainer does; `self.ema` has what it draws from."""
         from ema_pytorch import EMA
 
         optimizer = torch.optim.Adam(self.diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
-        ema = EMA(self.diffusion, beta=0.995, update_every=10).to(self.device)
+        self.ema = ema = EMA(self.diffusion, beta=0.995, update_every=10).to(self.device)
         self.diffusion.train()
-        for images in endless(torch.rand(max(64, self.batch), *self.shape), self.batch):
+        for images in batches:
             between()
             with autocast(self.device, self.plan.precision):
                 loss = self.diffusion(images.to(self.device))
