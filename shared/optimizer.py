@@ -39,13 +39,18 @@ def through_gram(x: Tensor) -> Tensor:
     """The same in fp32, which it needs, with all but two products on the short side: a kernel is nine times as wide as
     high, and a CPU waits for every product."""
     a, b, c = NEWTON_SCHULZ
-    gram = whole = x @ x.mT
-    for k in range(ITERATIONS):
+
+    def polynomial(gram: Tensor) -> Tensor:
         step = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         step.diagonal().add_(a)
-        whole = step @ whole if k else step
-        if k + 1 < ITERATIONS:
-            gram = step @ gram @ step
+        return step
+
+    gram = x @ x.mT
+    whole = step = polynomial(gram)
+    for _ in range(ITERATIONS - 1):
+        gram = step @ gram @ step
+        step = polynomial(gram)
+        whole = step @ whole
     return whole @ x
 
 

@@ -146,18 +146,20 @@ class Residuals:
         }
 
 
-class Sums(defaultdict[str, float]):
-    """Sums over pixels by name, in double precision."""
+class Sums(defaultdict[str, Any]):
+    """Sums by name, in double precision: of pixels (N, C, H, W) those of each band, (C,)."""
 
     def __init__(self) -> None:
         super().__init__(float)
 
     def add(self, **values: Tensor | float) -> None:
         for name, value in values.items():
-            self[name] += float(value.double().sum()) if isinstance(value, Tensor) else value
+            self[name] += value.double().sum((0, 2, 3)).numpy() if isinstance(value, Tensor) else value
 
     def ratio(self, over: str, under: str) -> float:
-        return self[over] / self[under] if self[under] else math.nan
+        """The mean over the bands, none of which may hide behind the noise of another."""
+        above, below = np.atleast_1d(self[over]), np.atleast_1d(self[under])
+        return float((above[below > 0] / below[below > 0]).mean()) if (below > 0).any() else math.nan
 
     def similarity(self, output: Tensor, target: Tensor, name: str) -> None:
         """output, target (N, C, H, W) in [0, 1]."""
@@ -231,19 +233,20 @@ def evaluate(
         print(error)
 
     # Of the data and not of the model: pixels that are lit are the same for every model.
-    background = float(np.median(sky(reference.batch(other[:256]).numpy())[0]))
+    bands = reference.batch(other[:256]).split(1, 1)
+    background = torch.tensor([float(np.median(sky(band.numpy())[0])) for band in bands])[:, None, None]
     law, own_law = noise_law(model, reference, precision)
     dark_noise = float(law.a.sqrt().median())
-    bright = transform.high - background
+    bright = transform.high - float(background.median())
     edges = torch.from_numpy(np.geomspace(min(2 * dark_noise, bright / 4), bright, 24)).float()
     measured = {name: Measured(networks, transform) for name in ("reference", "real", "reconstructions", TRUTH, AGAIN)}
     residuals, noise = Residuals(edges), Residuals(edges)
     sums, truth_sums, indices_met = Sums(), Sums(), list[Tensor]()
+    dark: dict[str, list[np.ndarray]] = {"real": [], "reconstructions": []}
     worst = np.zeros(n)
 
     def lit(clean: Tensor) -> Tensor:
-        level = transform.stretch(torch.tensor(background))
-        return transform.stretch(clean) - level > LIT * transform.span
+        return transform.stretch(clean) - transform.stretch(background) > LIT * transform.span
 
     with tqdm(total=2 * n, desc="scoring", unit="image", disable=None, leave=False) as bar:
         for start in range(0, n, BATCH):
@@ -257,11 +260,13 @@ def evaluate(
             indices_met.append(codes)
             measured["real"].add(real)
             measured["reconstructions"].add(observed)
+            for name, some in (("real", real), ("reconstructions", observed)):
+                dark[name].append(np.stack([sky(band.numpy())[1] for band in some.split(1, 1)]))
             variance, bright_pixels = spread(law, clean, said), lit(clean)
             residual = real - clean
             residuals.add(clean - background, residual, variance, bright_pixels)
             sums.similarity(transform.unit(clean), transform.unit(real), "observed")
-            sums.add(residual=residual[bright_pixels].square(), law=variance[bright_pixels])
+            sums.add(residual=residual.square() * bright_pixels, law=variance * bright_pixels)
             chi2 = residual.square() / variance.clamp_min(1e-60)
             # An image that lights nothing is judged by all of its pixels.
             seen = bright_pixels | ~bright_pixels.flatten(1).any(1)[:, None, None, None]
@@ -284,8 +289,8 @@ def evaluate(
                     noise.add(truth - background, real - truth, law.variance(truth), light)
                     truth_sums.similarity(transform.unit(clean), transform.unit(truth), "truth")
                     error2, noise2 = (clean - truth).square(), (real - truth).square()
-                    truth_sums.add(lit_error=error2[light], lit_noise=noise2[light], lit=light)
-                    truth_sums.add(dark_error=error2[~light], dark_noise=noise2[~light], pixels=light.numel())
+                    truth_sums.add(lit_error=error2 * light, lit_noise=noise2 * light, lit=light)
+                    truth_sums.add(dark_error=error2 * ~light, dark_noise=noise2 * ~light, all=torch.ones_like(light))
             bar.update(len(indices))
 
     counts: list[np.ndarray] = []
@@ -306,7 +311,8 @@ def evaluate(
         "noise": {
             "law": {name: value.tolist() for name, value in law.state_dict().items()},
             "of_the_model": own_law,
-            "background": background,
+            "background": background.flatten().tolist() if len(background) > 1 else float(background),
+            "dark": {name: np.median(np.concatenate(parts, 1), 1).tolist() for name, parts in dark.items()},
             "residuals": residuals.curve(),
             "correlation": residuals.correlation(),
         },
@@ -318,7 +324,7 @@ def evaluate(
         metrics["truth"] = truth_sums.similar("truth") | {
             "lit_error_over_noise": truth_sums.ratio("lit_error", "lit_noise"),
             "dark_error_over_noise": truth_sums.ratio("dark_error", "dark_noise"),
-            "lit_share": truth_sums.ratio("lit", "pixels"),
+            "lit_share": truth_sums.ratio("lit", "all"),
         }
         metrics["noise"] |= {"true": noise.curve(), "true_correlation": noise.correlation()}
     if model.quantizer.codes:

@@ -43,8 +43,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class NoiseLaw(nn.Module):
-    """What is added to clean images, of one band or of bands that are alike; fresh, nothing. Buffers, in the data's own
-    units:
+    """What is added to clean images of one band; fresh, nothing. Buffers, in the data's own units:
 
     dark, low    variance of the background: dark · (1, x, x²) of an image whose `level` lies x above low
     b            what a unit of signal above the background adds to the variance
@@ -94,37 +93,43 @@ class NoiseLaw(nn.Module):
         return bool(self.scale[0] < self.scale[1])
 
     def level(self, images: Tensor) -> Tensor:
-        """The background of each image (N, C, H, W) -> (N, C, 1, 1): low among its means over some 5 × 5 pixels."""
+        """The background of each image (N, 1, H, W) -> (N, 1, 1, 1): low among its means over some 5 × 5 pixels."""
         side = max(1, min(images.shape[-2:]) // 30)
         means = F.avg_pool2d(images, side).flatten(2)
         return means.kthvalue(1 + int(LEVEL_SHARE * (means.shape[-1] - 1)), dim=2).values[..., None, None]
 
     def variance(self, clean: Tensor) -> Tensor:
-        """clean (N, C, H, W) -> variance of the noise of a pixel, the same shape."""
+        """clean (N, 1, H, W) -> variance of the noise of a pixel, the same shape."""
         level = self.level(clean)
         return self._dark(level) + self.b * (clean - level).clamp_min(0)
 
     def forward(self, clean: Tensor, generator: Generators = None, log_ratio: Tensor | None = None) -> Tensor:
-        """clean (N, C, H, W) -> images with noise. A sequence of generators holds one for each image.
+        """clean (N, 1, H, W) -> images with noise. A sequence of generators holds one for each image.
 
-        log_ratio   of the true variance to the law's, where a decoder has said it, (N, C, H, W)
+        log_ratio   of the true variance to the law's, where a decoder has said it, (N, 1, H, W)
 
         The noise has no gradient: that of the images is the gradient of the clean ones.
         """
         if clean.requires_grad:
             return clean + (self(clean.detach(), generator, log_ratio) - clean.detach())
-        z = standard_normal(clean, generator)
-        if log_ratio is None and bool(self.gain.any()):
-            photon = self._photon(self.level(clean))
-            images = self.dark_end + photon * poisson(z, ((clean - self.dark_end) / photon + self.least).clamp_min(0))
-        else:
-            sd = self.variance(clean).sqrt()
-            if log_ratio is not None:
-                sd = sd * (0.5 * log_ratio.detach()).exp()
-            images = clean + sd * self._shaped(z, (clean - self.low) / sd.clamp_min(torch.finfo(sd.dtype).tiny))
-            if self.step > 0:
-                images = ((images - self.low) / self.step).round().clamp_min(0) * self.step + self.low
+        images = self.drawn(clean, standard_normal(clean, generator), log_ratio)
         return _scaled(images, self.scale) if self.scaled else images
+
+    def drawn(self, clean: Tensor, z: Tensor, log_ratio: Tensor | None = None, photon: Tensor | None = None) -> Tensor:
+        """clean and white noise z, both (N, 1, H, W) -> images before they are scaled, if they are.
+
+        photon   (N, 1, 1, 1) the value of one, if not that of this band's own level
+        """
+        if log_ratio is None and bool(self.gain.any()):
+            photon = self.photon(self.level(clean)) if photon is None else photon
+            return self.dark_end + photon * poisson(z, self.photons(clean, photon))
+        sd = self.variance(clean).sqrt()
+        if log_ratio is not None:
+            sd = sd * (0.5 * log_ratio.detach()).exp()
+        images = clean + sd * self._shaped(z, (clean - self.low) / sd.clamp_min(torch.finfo(sd.dtype).tiny))
+        if self.step > 0:
+            images = ((images - self.low) / self.step).round().clamp_min(0) * self.step + self.low
+        return images
 
     def told(self) -> dict[str, Any]:
         """What a user is told of it: a and b of the variance, the background, the step of counts, whether it scales."""
@@ -140,7 +145,11 @@ class NoiseLaw(nn.Module):
         """Where there are no photons: at the least value of images that were scaled, at 0 of others."""
         return self.low if self.scaled else torch.zeros_like(self.low)
 
-    def _photon(self, level: Tensor) -> Tensor:
+    def photons(self, clean: Tensor, photon: Tensor) -> Tensor:
+        """How many of this value a pixel of clean (N, 1, H, W) has on average."""
+        return ((clean - self.dark_end) / photon + self.least).clamp_min(0)
+
+    def photon(self, level: Tensor) -> Tensor:
         """The value of one photon in images of these levels."""
         least = 0.1 * self._at(self.background)  # of the darkest images
         return self._at(level).clamp_min(least)
@@ -159,12 +168,18 @@ class NoiseLaw(nn.Module):
 
     @torch.no_grad()
     def fit(
-        self, images: Tensor, clean: Tensor, law: str = "affine", log_ratio: Tensor | None = None
+        self,
+        images: Tensor,
+        clean: Tensor,
+        law: str = "affine",
+        log_ratio: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> dict[str, list[float]]:
-        """Fit the law to images and their clean decodings, both (N, C, H, W); return the variance–signal curve.
+        """Fit the law to images and their clean decodings, both (N, 1, H, W); return the variance–signal curve.
 
         law         affine or image
-        log_ratio   what a decoder says of the variance, (N, C, H, W): the law is then what it was, and its shape is fitted
+        log_ratio   what a decoder says of the variance, (N, 1, H, W): the law is then what it was, and its shape is fitted
+        scale       (2,) to which they were scaled together with other bands: `least` is then a first guess
 
         The variance is that of the high-passed residual, which is free of the decoder's own smooth error; the curve also
         holds the variance of the plain residual, and what it has over the law is that error.
@@ -176,10 +191,11 @@ class NoiseLaw(nn.Module):
         noise = _filter(residual, HIGH_PASS).square()
         if log_ratio is None:
             self.background.copy_(level.median())
-            self.low.copy_(images.min())
+            self.low.copy_(images.min() if scale is None else scale[0])
             self._fit_variance(signal, noise, level, of_each=law == "image")
         if law == "image":
-            self._fit_counts(images, clean, level)
+            self.scale.copy_(_scale(images) if scale is None else scale)
+            self._fit_counts(images, clean, level, alone=scale is None)
             self._fit_shape(residual, clean, log_ratio)
         said = 1.0 if log_ratio is None else _filter(log_ratio.exp(), HIGH_PASS.square())
         drawn = (self._dark(level) + self.b * signal) * said
@@ -220,25 +236,21 @@ class NoiseLaw(nn.Module):
         self.b.copy_(b)
         self.dark[0].add_(least * (self.dark.sum() == 0))  # a law without noise would weigh pixels infinitely
 
-    def _fit_counts(self, images: Tensor, clean: Tensor, level: Tensor) -> None:
-        """Whether images hold whole counts, whether they are of photons, and whether each was scaled to the same least and
-        greatest value."""
-        self.scale.copy_(_scale(images))
+    def _fit_counts(self, images: Tensor, clean: Tensor, level: Tensor, alone: bool) -> None:
+        """Whether images hold whole counts, and whether they are of photons."""
         steps = torch.tensor([_count(image) for image in images[:COUNTED]]).to(images)
         self.step.copy_(steps.mean() if bool((steps > 0).all()) else torch.zeros(()))
-        self._fit_photons(steps, clean[:COUNTED], level[:COUNTED])
+        self._fit_photons(steps, clean[:COUNTED], level[:COUNTED], alone)
 
-    def _fit_photons(self, steps: Tensor, clean: Tensor, level: Tensor) -> None:
+    def _fit_photons(self, steps: Tensor, clean: Tensor, level: Tensor, alone: bool) -> None:
         """gain and least of counts of these sizes (n,), zero if their variance is not that of photons.
 
         An image that was scaled to its own range has lost as many photons in every pixel as its darkest one had. That number
         differs from image to image, and the decoder gives the mean. With `least` photons more than that, the darkest pixels of
         what is drawn have so many on average: what scaling takes away again.
         """
-        self.gain.zero_()
-        self.least.zero_()
+        self.no_photons()
         x = (level - self.dark_end).flatten()
-        steps = steps.repeat_interleave(level.shape[1])  # of each channel
         if not bool((steps > 0).all()) or abs(float(self.b / steps.mean()) - 1) > OF_PHOTONS:
             return
         if not self.scaled:
@@ -247,18 +259,25 @@ class NoiseLaw(nn.Module):
             self.gain[1] = (steps * x).sum() / x.square().sum()  # as the sky has the same number of photons in all
         else:
             return
-        photons, variance = (x / self._photon(level).flatten(), self._dark(level).flatten())
-        expected = variance / self._photon(level).flatten().square()
         if self.scaled:
-            self.least.copy_((expected - photons).median().clamp_min(0))
-            generator = torch.Generator().manual_seed(0)
-            z = standard_normal(clean, generator)
-            for _ in range(6):  # each is some five times nearer
-                rate = ((clean - self.dark_end) / self._photon(level) + self.least).clamp_min(0)
-                self.least.copy_(poisson(z, rate).amin((1, 2, 3)).mean())
-        if float((expected / (photons + self.least) - 1).median().abs()) > OF_PHOTONS:
-            self.gain.zero_()
-            self.least.zero_()
+            photon = self.photon(level)
+            self.least.copy_(
+                (self._dark(level) / photon.square() - (level - self.dark_end) / photon).median().clamp_min(0)
+            )
+            if alone:
+                settle([self], clean, photon)
+        if not self.of_photons(level):
+            self.no_photons()
+
+    def of_photons(self, level: Tensor) -> bool:
+        """Whether dark pixels of images of these levels have the variance of their photons."""
+        photon = self.photon(level)
+        expected = self._dark(level) / photon.square() / ((level - self.dark_end) / photon + self.least)
+        return float((expected - 1).median().abs()) <= OF_PHOTONS
+
+    def no_photons(self) -> None:
+        self.gain.zero_()
+        self.least.zero_()
 
     def _fit_shape(self, residual: Tensor, clean: Tensor, log_ratio: Tensor | None) -> None:
         """The table: what the residual's distribution is like, at mean 0 and the variance of its high-passed part."""
@@ -294,12 +313,11 @@ class NoiseLaw(nn.Module):
 
 
 class NoiseLaws(nn.Module):
-    """A law for each band, each drawn and fitted by itself; to use as a `NoiseLaw`, whose numbers are (C, 1, 1) here.
+    """A law for each band, fitted to it; to use as a `NoiseLaw`, whose numbers are (C, 1, 1) here.
 
-    scale   (2,) least and greatest value of every image over all of its bands, where it was scaled to them
+    scale   (2,) least and greatest value of every image over all of its bands, where they were scaled together
     """
 
-    bands: nn.ModuleList
     scale: Tensor
 
     def __init__(self, channels: int) -> None:
@@ -307,48 +325,99 @@ class NoiseLaws(nn.Module):
         self.bands = nn.ModuleList(NoiseLaw() for _ in range(channels))
         self.register_buffer("scale", torch.zeros(2))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        if prefix + "dark" in state_dict:  # one law of all bands, of version 0.1.0
+            for name in [name for name, _ in NoiseLaw().named_buffers() if prefix + name in state_dict]:
+                value = state_dict.pop(prefix + name)
+                state_dict |= {f"{prefix}bands.{k}.{name}": value for k in range(len(self.bands))}
+            state_dict[prefix + "scale"] = state_dict[prefix + "bands.0.scale"]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
+    def laws(self) -> list[NoiseLaw]:
+        return list(self.bands)  # type: ignore[arg-type]
+
     @property
     def a(self) -> Tensor:
-        return torch.stack([law.a for law in self._laws])[:, None, None]
+        return torch.stack([law.a for law in self.laws])[:, None, None]
 
     @property
     def background(self) -> Tensor:
-        return torch.stack([law.background for law in self._laws])[:, None, None]
+        return torch.stack([law.background for law in self.laws])[:, None, None]
+
+    @property
+    def together(self) -> bool:
+        """Whether the bands of an image were scaled together."""
+        return bool(self.scale[0] < self.scale[1])
 
     def variance(self, clean: Tensor) -> Tensor:
-        return torch.cat([law.variance(band) for law, band in zip(self._laws, clean.split(1, 1), strict=True)], 1)
+        return torch.cat([law.variance(band) for law, band in zip(self.laws, clean.split(1, 1), strict=True)], 1)
 
     def forward(self, clean: Tensor, generator: Generators = None, log_ratio: Tensor | None = None) -> Tensor:
         if clean.requires_grad:
             return clean + (self(clean.detach(), generator, log_ratio) - clean.detach())
-        bands = zip(clean.split(1, 1), self._split(log_ratio), strict=True)
-        drawn = [law(light, generator, said) for law, (light, said) in zip(self._laws, bands, strict=True)]
-        images = torch.cat(drawn, 1)
-        return _scaled(images, self.scale) if self.scale[0] < self.scale[1] else images
+        z, said = standard_normal(clean, generator).split(1, 1), self._split(log_ratio)
+        photon = self._photon(clean) if self.together else None
+        parts = zip(self.laws, clean.split(1, 1), z, said, strict=True)
+        drawn = [(law, law.drawn(light, own, of_it, photon)) for law, light, own, of_it in parts]
+        if self.together:
+            return _scaled(torch.cat([band for _, band in drawn], 1), self.scale)
+        return torch.cat([_scaled(band, law.scale) if law.scaled else band for law, band in drawn], 1)
+
+    def _photon(self, clean: Tensor) -> Tensor:
+        """The value of one photon in all bands of images that were scaled together, (N, 1, 1, 1)."""
+        bands = zip(self.laws, clean.split(1, 1), strict=True)
+        return torch.cat([law.photon(law.level(band)) for law, band in bands], 1).mean(1, keepdim=True)
 
     @torch.no_grad()
     def fit(
         self, images: Tensor, clean: Tensor, law: str = "affine", log_ratio: Tensor | None = None
     ) -> dict[str, Any]:
-        """Fit each to its band; return the variance-signal curve of each, {"bands": [...]}."""
-        bands = zip(images.split(1, 1), clean.split(1, 1), self._split(log_ratio), strict=True)
-        curves = [own.fit(image, light, law, said) for own, (image, light, said) in zip(self._laws, bands, strict=True)]
+        """Fit each to its band; return the variance–signal curve of each, {"bands": [...]}."""
         if law == "image":
-            self.scale.copy_(_scale(images))
+            apart = all(bool(_scale(band).any()) for band in images.split(1, 1))
+            self.scale.copy_(torch.zeros(2) if apart else _scale(images))
+        scale = self.scale if self.together else None
+        bands = zip(self.laws, images.split(1, 1), clean.split(1, 1), self._split(log_ratio), strict=True)
+        curves = [own.fit(image, light, law, said, scale) for own, image, light, said in bands]
+        if law == "image" and self.together:
+            self._settle(clean[:COUNTED])
         return {"bands": curves}
 
-    def told(self) -> dict[str, Any]:
-        """What `NoiseLaw.told` says, in a list of the bands."""
-        told = [law.told() for law in self._laws]
-        whole = bool(self.scale[0] < self.scale[1])
-        return {key: [own[key] for own in told] for key in told[0]} | ({"scaled": True} if whole else {})
+    def _settle(self, clean: Tensor) -> None:
+        """Bands that were scaled together have lost the same value, that of the darkest pixel of them all: as many photons
+        in each, if a photon has the same value in each, else none are drawn."""
+        levels = [law.level(band) for law, band in zip(self.laws, clean.split(1, 1), strict=True)]
+        known = all(bool(law.gain.any()) for law in self.laws)
+        if known:
+            values = [law.photon(level) for law, level in zip(self.laws, levels, strict=True)]
+            known = all(float((value / values[0] - 1).median().abs()) <= OF_PHOTONS for value in values)
+        if known:
+            settle(self.laws, clean, self._photon(clean))
+            known = all(law.of_photons(level) for law, level in zip(self.laws, levels, strict=True))
+        for law in () if known else self.laws:
+            law.no_photons()
 
-    @property
-    def _laws(self) -> list[NoiseLaw]:
-        return list(self.bands)  # type: ignore[arg-type]
+    def told(self) -> dict[str, list[Any]]:
+        """What `NoiseLaw.told` says, of each band."""
+        told = [law.told() for law in self.laws]
+        return {key: [own[key] for own in told] for key in told[0]}
 
     def _split(self, log_ratio: Tensor | None) -> Sequence[Tensor | None]:
         return [None] * len(self.bands) if log_ratio is None else log_ratio.split(1, 1)
+
+
+def settle(laws: Sequence[NoiseLaw], clean: Tensor, photon: Tensor) -> None:
+    """Find `least` of bands (N, C, H, W) that were scaled together, whose photons have this value: with so many more, the
+    darkest pixel of an image has so many on average."""
+    z = standard_normal(clean, torch.Generator().manual_seed(0)).split(1, 1)
+    for _ in range(6):  # each is some five times nearer
+        drawn = [
+            poisson(own, law.photons(band, photon)) for law, own, band in zip(laws, z, clean.split(1, 1), strict=True)
+        ]
+        least = torch.cat(drawn, 1).amin((1, 2, 3)).mean()
+        for law in laws:
+            law.least.copy_(least)
 
 
 def law_of(channels: int) -> NoiseLaw | NoiseLaws:
@@ -433,10 +502,10 @@ def standard_normal(like: Tensor, generator: Generators) -> Tensor:
 
 
 def _scale(images: Tensor) -> Tensor:
-    """(2,): least and greatest value of each of them, if all have the same; else zeros."""
+    """(2,): least and greatest value of images (N, C, H, W), if all have the same; else zeros."""
     least, greatest = images.amin((1, 2, 3)), images.amax((1, 2, 3))
     same = len(images) > 1 and bool((least == least[0]).all() and (greatest == greatest[0]).all())
-    return torch.stack([least[0], greatest[0]]) * same
+    return torch.stack([least[0], greatest[0]]) if same else torch.zeros(2).to(images)
 
 
 def _scaled(images: Tensor, scale: Tensor) -> Tensor:

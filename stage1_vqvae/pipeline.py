@@ -88,9 +88,9 @@ def finish(module: VQVAEModule, images: LensImages, run: Run, spec: dict, finger
             law.load_state_dict(estimate_law(images.batch(images.shuffled("train")[:VALIDATION])).state_dict())
         curve = law.fit(real, clean, config.noise.law, said)
         lit = drawn - transform.stretch(law.background) > LIT * transform.span
-        if bool(lit.any()):
-            excess = residual[lit].square().mean() / law.variance(clean)[lit].mean() - 1
-            metrics["clean_error_over_noise"] = float(excess)
+        if bool(lit.any()):  # the mean of the bands
+            left, noise = ((x * lit).double().sum((0, 2, 3)) for x in (residual.square(), law.variance(clean)))
+            metrics["clean_error_over_noise"] = float((left / noise)[noise > 0].mean() - 1)
         metrics["noise"] = law.told()
     published = {
         "autoencoder": autoencoder_config(autoencoder, spec),

@@ -106,6 +106,9 @@ def quality_rows(metrics: dict[str, Any]) -> list[list[str]]:
         row(f"clean error / noise, lit ({truth['lit_share']:.1%})", truth["lit_error_over_noise"], ".4f")
         row("clean error / noise, dark", truth["dark_error_over_noise"], ".4f")
     row("clean error / noise, without truth", metrics["observed"]["clean_error_over_noise"], ".4f")
+    drawn, real = (metrics["noise"]["dark"][name] for name in ("reconstructions", "real"))
+    ratios = [f"{ours / theirs:.3f}" if theirs else "-" for ours, theirs in zip(drawn, real, strict=True)]
+    rows.append([f"noise of dark pixels over real{', by band' * (len(ratios) > 1)}", ", ".join(ratios)])
     if codes := metrics["codes"]:
         row("perplexity", codes["perplexity"], ".1f")
         if "levels_used" in codes:

@@ -68,8 +68,6 @@ class Plan:
 
 def plan(options: argparse.Namespace, reference: LensImages, networks: list[fid.Network], count: int) -> Plan:
     """UserError if the data do not allow what the options ask for."""
-    if (bands := reference.image_shape[0]) not in (1, 3):
-        raise UserError(f"{reference.path} has images of {bands} bands: scores are of one band, or of three")
     near, far = halves(reference, count)
     fits, fitter, of_kind = options.fit, None, np.ones(len(reference), bool)
     if fits is None:

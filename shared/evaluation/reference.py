@@ -52,7 +52,10 @@ def check_reference(
 
 
 def check_count(reference: LensImages, name: str, count: int | None) -> int:
-    """`count`, or as many as there can be. UserError if the test split is too small for it."""
+    """`count`, or as many as there can be. UserError if the test split is too small for it, or its images have bands that
+    no score is of."""
+    if (bands := reference.image_shape[0]) not in (1, 3):
+        raise UserError(f"{name} has images of {bands} bands: scores are of one band, or of three")
     most = len(reference.split("test")) // 2
     if most < 2 or (count or 2) > most:
         raise UserError(

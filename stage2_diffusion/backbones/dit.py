@@ -20,7 +20,7 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = split_heads(self.qkv(tokens), self.heads)
-        # in float32, for a norm of float32 weights and bfloat16 vectors falls back to a slow path; autocast casts back
+        # in float32, for a norm of float32 weights and bfloat16 vectors falls back to a slow path; on a GPU autocast casts back
         q = rotate(self.norm_q(q.float()), cos, sin)
         k = rotate(self.norm_k(k.float()), cos, sin)
         return self.out(attend(q, k, v))

@@ -303,7 +303,7 @@ class PixelDDPM(System):
         self.learn(endless(torch.rand(max(64, self.batch), *self.shape), self.batch), between)
 
     def learn(self, batches: Iterator[Tensor], between: Between) -> None:
-        """Train on batches of images in [0, 1], as its own Trainer does; `self.ema` has what it draws from."""
+        """Train on batches of images in [0, 1], as its own Trainer does, which samples from `self.ema`."""
         from ema_pytorch import EMA
 
         optimizer = torch.optim.Adam(self.diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))

@@ -14,13 +14,14 @@ from torch import Tensor
 from shared.checkpoint import autoencoder_config, publish
 from shared.cli import main
 from shared.data.cache import CacheWriter, LensImages
+from shared.data.normalise import Normalisation
 from shared.errors import UserError
 from shared.evaluation.reference import halves
 from shared.simulate.again import Simulation
 from shared.simulate.images import simulate
 from shared.simulate.preset import Preset
 from shared.simulate.run import simulate_to
-from stage1_vqvae.evaluate import Residuals, Sums, code_use, generators
+from stage1_vqvae.evaluate import Residuals, Sums, code_use, evaluate, generators
 from stage1_vqvae.noise import NoiseLaw
 from stage1_vqvae.quantizers import VQ, FiniteScalar
 from stage1_vqvae.report import quality_rows
@@ -270,3 +271,36 @@ def test_of_a_grid_levels_are_counted_channel_by_channel() -> None:
                                                      "decoded_per_second"), 1.0)}))  # fmt: skip
     assert rows["levels used, by channel"] == "3%, 67%, 5%"
     assert not any("never" in row for row in rows)
+
+
+def test_each_band_counts_by_its_own_sky_and_noise(tmp_path: Path) -> None:
+    """A ring in three bands whose sky and noise differ; an autoencoder that always says the sky of each."""
+    levels, deviations = np.array([0.05, 0.4, 0.1])[:, None, None], np.array([0.01, 0.02, 0.06])[:, None, None]
+    axis = np.arange(40) - 19.5
+    ring = 0.4 * np.exp(-0.5 * ((np.hypot(axis[:, None], axis) - 9) / 2) ** 2)
+    images = levels + ring + deviations * np.random.default_rng(0).standard_normal((200, 3, 40, 40))
+    writer = CacheWriter(
+        tmp_path / "data", 200, (3, 40, 40), {"kind": "test"}, normalise=Normalisation.parse("fixed:0,1")
+    )
+    for chunk in writer.pending():
+        writer.write(chunk, images[chunk.start : chunk.stop].astype(np.float32).clip(0, 1))
+    writer.finish()
+    reference = LensImages(tmp_path / "data")
+    spec = {"stem": 5, "strides": [], "widths": [8], "decoder_blocks": 1, "quantizer": {"name": "none"}}
+    model = VQVAE((3, 40, 40), reference.transform, **spec).eval()
+    light = torch.from_numpy(levels + ring).float()
+    model._image = lambda raw: (reference.transform(light.expand(len(raw), -1, -1, -1)), None)  # type: ignore[method-assign]
+    for law, deviation in zip(model.noise.bands, deviations.flatten(), strict=True):
+        law.dark[0] = float(deviation) ** 2
+    metrics, _ = evaluate(model, reference, 16, [])
+    noise = metrics["noise"]
+    assert noise["background"] == pytest.approx(levels.flatten().tolist(), abs=0.01)
+    assert noise["dark"]["real"] == pytest.approx(deviations.flatten().tolist(), rel=0.1)
+    assert noise["dark"]["reconstructions"] == pytest.approx(noise["dark"]["real"], rel=0.1)
+    assert metrics["observed"]["clean_error_over_noise"] == pytest.approx(0, abs=0.05)
+
+    wrong = light + torch.from_numpy(2 * deviations * np.array([1, 0, 0])[:, None, None]).float()
+    model._image = lambda raw: (reference.transform(wrong.expand(len(raw), -1, -1, -1)), None)  # type: ignore[method-assign]
+    metrics, _ = evaluate(model, reference, 16, [])
+    # 2 sigma of the faintest noise: four times its variance in one band of three
+    assert metrics["observed"]["clean_error_over_noise"] == pytest.approx(4 / 3, rel=0.1)

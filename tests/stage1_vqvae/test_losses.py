@@ -10,7 +10,7 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
 from stage1_vqvae.losses import Perceptual, ReconstructionLoss, chi, focal_frequency, ssim_loss, stretched_l1
-from stage1_vqvae.noise import NoiseLaw, recorrupt
+from stage1_vqvae.noise import NoiseLaw, NoiseLaws, law_of, recorrupt
 
 
 def law(a: float = 1e-4, b: float = 0.0) -> NoiseLaw:
@@ -18,6 +18,23 @@ def law(a: float = 1e-4, b: float = 0.0) -> NoiseLaw:
     law.dark[0] = a
     law.b.fill_(b)
     return law
+
+
+def law_of_bands(channels: int, a: float, b: float) -> NoiseLaw | NoiseLaws:
+    """Of the first band as `law`, of each next one of four times the variance of the one before."""
+    laws = law_of(channels)
+    for k, band in enumerate(laws.bands if isinstance(laws, NoiseLaws) else [laws]):
+        band.load_state_dict(law(a * 4**k, b).state_dict())
+    return laws
+
+
+def test_each_band_is_judged_in_units_of_its_own_noise() -> None:
+    target = torch.full((2, 2, 4, 4), 0.5)
+    residual = torch.tensor([0.001, 0.002])[:, None, None]
+    laws = law_of_bands(2, 1e-4, 0.0)
+    assert float(chi(target + residual, target, laws)) == pytest.approx(0.5 * 0.01, rel=1e-2)
+    one = chi(target[:, :1] + 0.001, target[:, :1], law())
+    assert float(chi(target + residual, target, laws)) == pytest.approx(float(one), rel=1e-5)
 
 
 def test_chi_is_half_the_mean_square_of_small_residuals_in_units_of_noise() -> None:
@@ -304,7 +321,7 @@ EVERY = {"l1": 1.0, "stretched": 0.3, "mse": 10.0, "chi": 0.05, "ssim": 0.1, "sp
 def test_every_term_at_once_of_any_shape_transform_and_precision(
     transform: PixelTransform, shape: tuple[int, ...]
 ) -> None:
-    noise = law(1e-4 if transform.scale is None else 1.0, 1e-3)
+    noise = law_of_bands(shape[1], 1e-4 if transform.scale is None else 1.0, 1e-3)
     torch.manual_seed(0)
     loss = ReconstructionLoss(**EVERY, law=noise, transform=transform, channels=shape[1])  # type: ignore[arg-type]
     output, target, state = torch.rand(shape), torch.rand(shape), loss.state_dict()

@@ -73,17 +73,49 @@ def test_bands_scaled_together_are_drawn_so() -> None:
     law, light = law_of(2), (clean - low) / (high - low)
     law.fit(scaled(noisy), light, "image")
     drawn = law(light, torch.Generator().manual_seed(0))
-    assert law.told()["scaled"] is True
+    assert law.told()["scaled"] == [True, True]
     assert torch.equal(drawn.amin((1, 2, 3)), torch.zeros(40))
     assert torch.equal(drawn.amax((1, 2, 3)), torch.ones(40))
     # The band that is neither darkest nor brightest keeps its own range.
     assert float(drawn[:, 1].amax((1, 2)).mean()) == pytest.approx(
         float(scaled(noisy)[:, 1].amax((1, 2)).mean()), rel=0.05
     )
-    law.train().requires_grad_(False)
     light.requires_grad_()
     (slope,) = torch.autograd.grad(law(light).sum(), light)
     assert torch.equal(slope, torch.ones_like(slope))  # the noise has none
+
+
+@pytest.mark.parametrize("peaks", [(800, 800, 800), (800, 500, 300)])
+def test_photons_of_bands_scaled_together_are_drawn_as_they_fall(peaks: tuple[int, ...]) -> None:
+    """The darkest pixel of all bands takes from all: the true counts, drawn anew and scaled, are the control."""
+    torch.manual_seed(11)
+    n = 150
+    mean = SKY + (rings(n) - SKY / COUNTS) * torch.tensor(peaks)[:, None, None]
+    counts, again = torch.poisson(mean), torch.poisson(mean)
+    least, span = counts.amin((1, 2, 3)).mean(), counts.amax((1, 2, 3)) - counts.amin((1, 2, 3))
+    decoded = (mean - least) / span[:, None, None, None]
+    law = law_of(3)
+    law.fit(scaled(counts), decoded, "image")
+    assert float(law.bands[1].least) == pytest.approx(float(least), abs=0.1)
+    drawn = law(decoded, torch.Generator().manual_seed(0))
+    steps = [1 / float(image.unique().diff()[1:-1].min()) for image in drawn[:20]]  # one grid of counts for all bands
+    assert sum(steps) / 20 == pytest.approx(float(span.mean()), rel=0.05)
+    for band in range(3):
+        real, control, ours = (dark_levels(x[:, band : band + 1]) for x in (scaled(counts), scaled(again), drawn))
+        assert ranks(real, control) < 0.2
+        assert ranks(real, ours) < 0.2
+        assert float(ours.std()) == pytest.approx(float(real.std()), rel=0.2)
+
+
+def test_one_law_of_all_bands_is_read_as_one_for_each() -> None:
+    one, clean = NoiseLaw(), rings(40)
+    one.fit(photons(clean), clean, "image")
+    laws = law_of(3)
+    laws.load_state_dict(one.state_dict())
+    drawn = laws(clean.repeat(1, 3, 1, 1), torch.Generator().manual_seed(0))
+    noise = torch.randn(40, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn[:, 1:2], one.drawn(clean, noise[:, 1:2]))
+    assert set(law_of(3).state_dict()) == set(laws.state_dict())
 
 
 def test_the_bands_of_an_image_are_drawn_by_its_generator() -> None:

@@ -10,6 +10,7 @@ library's own, spares it nine tenths of its 1,000.
 
 import argparse
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     images = LensImages(a.data)
+    if images.image_shape[0] != 1:
+        parser.error(f"{a.data} has images of several bands; that system is set up for one")
     square = Pixels(images.image_shape, images.transform, crop=SIDE)
     train = (square.to_raw(images.transform(images.batch(images.split("train")))) + 1) / 2
     precision = resolve_precision("auto", "cpu")
@@ -51,10 +54,8 @@ def main() -> None:
             raise Enough
         steps += 1
 
-    try:
+    with suppress(Enough):
         system.learn(endless(train, a.batch), between)
-    except Enough:
-        steps -= 1
     print(
         f"{steps} steps of {a.batch} in {a.minutes:g} min, {precision}, {3 * system.gflop * steps * a.batch / 1e3:.1f} TFLOP"
     )

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from shared.cli import run
-from shared.data.cache import CacheWriter, LensImages
+from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation import comparison, damage, judge, page
 from shared.evaluation.measure import ImageSet, of_data
@@ -114,15 +114,6 @@ def test_only_samples_of_the_class_that_is_fitted_are_fitted() -> None:
     assert judge.fittable(preset, {"class": kinds[[1, 3]]}, 2).tolist() == []
     assert judge.fittable(preset, {}, 4).tolist() == [0, 1, 2, 3]
     assert judge.fittable(Preset.load("deeplense"), {}, 4).tolist() == [0, 1, 2, 3]
-
-
-def test_images_of_two_bands_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
-    writer = CacheWriter(tmp_path / "data", 200, (2, 8, 8), {"kind": "test"})
-    for chunk in writer.pending():
-        writer.write(chunk, np.random.default_rng(0).random((len(chunk), 2, 8, 8), np.float32))
-    writer.finish()
-    with pytest.raises(UserError, match="images of 2 bands: scores are of one band, or of three"):
-        judge.plan(options(), LensImages(tmp_path / "data"), [Means()], 4)
 
 
 def test_where_no_parameters_were_compared_none_are_called_alike() -> None:

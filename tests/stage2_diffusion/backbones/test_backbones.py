@@ -192,12 +192,14 @@ def test_bfloat16_and_channels_last_change_the_answer_by_rounding_alone(name):
 
 @every
 @pytest.mark.slow
-def test_compiles_in_one_graph(name):
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+def test_compiles_in_one_graph(name, half):
     """Traced as for inductor, but run by PyTorch: no minute of waiting for the compiler."""
     net = trained(small(name)).eval()
     x, t, _ = inputs()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, t), net(x, t), rtol=0, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        torch.testing.assert_close(compiled(x, t), net(x, t), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
