@@ -266,10 +266,12 @@ def test_of_a_grid_levels_are_counted_channel_by_channel() -> None:
     assert metrics["levels_used"] == pytest.approx([2 / 64, 2 / 3, 3 / 64])
     assert "dead" not in metrics
     assert [(count[0], count[-1], count.sum()) for count in counts] == [(3, 1, 4), (0, 1, 4), (1, 2, 4)]
+    dark = {"real": [1.0, 2.0], "reconstructions": [1.1, 2.0]}
     rows = dict(quality_rows({"truth": None, "observed": {"psnr": 1, "ssim": 1, "clean_error_over_noise": 1}, "codes": metrics,
-                              "cost": dict.fromkeys(("encode_gflop", "decode_gflop", "encoded_per_second",
+                              "noise": {"dark": dark}, "cost": dict.fromkeys(("encode_gflop", "decode_gflop", "encoded_per_second",
                                                      "decoded_per_second"), 1.0)}))  # fmt: skip
     assert rows["levels used, by channel"] == "3%, 67%, 5%"
+    assert rows["noise of dark pixels over real, by band"] == "1.100, 1.000"
     assert not any("never" in row for row in rows)
 
 

@@ -170,7 +170,8 @@ def test_a_decoder_that_predicts_the_variance_starts_from_the_law_and_is_heard()
         out = model(model.transform(images))
         assert out.clean.shape == out.log_ratio.shape == images.shape
         assert not out.log_ratio.any()
-        model.noise.dark[0] = 1e-6
+        for law in model.noise.laws:
+            law.dark[0] = 1e-6
         plain = model.decode(model.encode(images), generator=torch.Generator().manual_seed(0))
         # The last layer gives the pixels of a cell, first those of the image and then those of the variance.
         model.decoder[-2].bias[2 * 25 :] = torch.tensor(9.0).log()
