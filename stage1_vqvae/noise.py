@@ -13,7 +13,7 @@ Images of several bands have a law for each.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -351,23 +351,18 @@ class NoiseLaws(nn.Module):
         return bool(self.scale[0] < self.scale[1])
 
     def variance(self, clean: Tensor) -> Tensor:
-        return torch.cat([law.variance(band) for law, band in zip(self.laws, clean.split(1, 1), strict=True)], 1)
+        return torch.cat([law.variance(band) for law, band in self._bands(clean)], 1)
 
     def forward(self, clean: Tensor, generator: Generators = None, log_ratio: Tensor | None = None) -> Tensor:
         if clean.requires_grad:
             return clean + (self(clean.detach(), generator, log_ratio) - clean.detach())
+        photon = self._photons(clean).mean(1, keepdim=True) if self.together else None
         z, said = standard_normal(clean, generator).split(1, 1), self._split(log_ratio)
-        photon = self._photon(clean) if self.together else None
-        parts = zip(self.laws, clean.split(1, 1), z, said, strict=True)
-        drawn = [(law, law.drawn(light, own, of_it, photon)) for law, light, own, of_it in parts]
+        parts = zip(self._bands(clean), z, said, strict=True)
+        drawn = [(law, law.drawn(light, own, of_it, photon)) for (law, light), own, of_it in parts]
         if self.together:
             return _scaled(torch.cat([band for _, band in drawn], 1), self.scale)
         return torch.cat([_scaled(band, law.scale) if law.scaled else band for law, band in drawn], 1)
-
-    def _photon(self, clean: Tensor) -> Tensor:
-        """The value of one photon in all bands of images that were scaled together, (N, 1, 1, 1)."""
-        bands = zip(self.laws, clean.split(1, 1), strict=True)
-        return torch.cat([law.photon(law.level(band)) for law, band in bands], 1).mean(1, keepdim=True)
 
     @torch.no_grad()
     def fit(
@@ -378,25 +373,31 @@ class NoiseLaws(nn.Module):
             apart = all(bool(_scale(band).any()) for band in images.split(1, 1))
             self.scale.copy_(torch.zeros(2) if apart else _scale(images))
         scale = self.scale if self.together else None
-        bands = zip(self.laws, images.split(1, 1), clean.split(1, 1), self._split(log_ratio), strict=True)
-        curves = [own.fit(image, light, law, said, scale) for own, image, light, said in bands]
-        if law == "image" and self.together:
-            self._settle(clean[:COUNTED])
+        parts = zip(self._bands(images), clean.split(1, 1), self._split(log_ratio), strict=True)
+        curves = [own.fit(image, light, law, said, scale) for (own, image), light, said in parts]
+        if law == "image" and self.together and not self._settled(clean[:COUNTED]):
+            for own in self.laws:
+                own.no_photons()
         return {"bands": curves}
 
-    def _settle(self, clean: Tensor) -> None:
-        """Bands that were scaled together have lost the same value, that of the darkest pixel of them all: as many photons
-        in each, if a photon has the same value in each, else none are drawn."""
-        levels = [law.level(band) for law, band in zip(self.laws, clean.split(1, 1), strict=True)]
-        known = all(bool(law.gain.any()) for law in self.laws)
-        if known:
-            values = [law.photon(level) for law, level in zip(self.laws, levels, strict=True)]
-            known = all(float((value / values[0] - 1).median().abs()) <= OF_PHOTONS for value in values)
-        if known:
-            settle(self.laws, clean, self._photon(clean))
-            known = all(law.of_photons(level) for law, level in zip(self.laws, levels, strict=True))
-        for law in () if known else self.laws:
-            law.no_photons()
+    def _settled(self, clean: Tensor) -> bool:
+        """Whether bands that were scaled together are of photons of one value. Then they have lost as many each: those of
+        the darkest pixel of them all, which `least` becomes."""
+        if not all(bool(law.gain.any()) for law in self.laws):
+            return False
+        photons = self._photons(clean)
+        if bool(((photons / photons[:, :1] - 1).median(0).values.abs() > OF_PHOTONS).any()):
+            return False
+        settle(self.laws, clean, photons.mean(1, keepdim=True))
+        return all(law.of_photons(law.level(band)) for law, band in self._bands(clean))
+
+    def _photons(self, clean: Tensor) -> Tensor:
+        """The value of one in each band, (N, C, 1, 1)."""
+        return torch.cat([law.photon(law.level(band)) for law, band in self._bands(clean)], 1)
+
+    def _bands(self, images: Tensor) -> Iterator[tuple[NoiseLaw, Tensor]]:
+        """The law of each band of images (N, C, H, W), and the band, (N, 1, H, W)."""
+        return zip(self.laws, images.split(1, 1), strict=True)
 
     def told(self) -> dict[str, list[Any]]:
         """What `NoiseLaw.told` says, of each band."""
