@@ -58,8 +58,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     # A CPU's kernel of half precision takes up to 7 times as long backwards as that of float32 (64 tokens, AVX-512 with
     # bf16, torch 2.15); of 1,000 tokens and more the two take the same time.
+    dtype = torch.promote_types(v.dtype, torch.float32)
     with torch.autocast("cpu", enabled=False):
-        attended = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        attended = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype))
     return attended.to(v.dtype).transpose(1, 2).flatten(2)
 
 

@@ -42,3 +42,8 @@ def test_attend_is_scaled_dot_product_attention(half):
     gradients = torch.autograd.grad((attended * slope.to(dtype)).sum(), (q, k, v))
     for gradient, right in zip(gradients, wanted, strict=True):
         assert (gradient.double() - right.double()).norm() < (2**-7 if half else 1e-5) * right.double().norm()
+
+
+def test_attend_is_in_double_precision_where_all_else_is():
+    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(attend(q, k, v), in_double(q, k, v), rtol=1e-12, atol=1e-12)
