@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shared.autoencoder import Autoencoder, Shape
 from shared.data.normalise import PixelTransform
+from shared.layers import GroupNorm
 from shared.registry import build
 from stage1_vqvae.noise import Generators, law_of
 from stage1_vqvae.quantizers import Quantizer
@@ -29,7 +30,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
+        self.norm1, self.norm2 = GroupNorm(8, width), GroupNorm(8, width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
@@ -47,7 +48,7 @@ def encoder(
     layers += [ResidualBlock(widths[0]) for _ in range(blocks)]
     for stride, before, width in zip(strides, widths, widths[1:], strict=False):
         layers += [nn.Conv2d(before, width, stride, stride), *(ResidualBlock(width) for _ in range(blocks))]
-    layers += [nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], out, 1)]
+    layers += [GroupNorm(8, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], out, 1)]
     return nn.Sequential(*layers)
 
 
@@ -64,7 +65,7 @@ def decoder(
             nn.Conv2d(width, width, 3, padding=1),
         ]
         layers += [ResidualBlock(width) for _ in range(blocks)]
-    layers += [nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels * stem**2, 3, padding=1)]
+    layers += [GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels * stem**2, 3, padding=1)]
     return nn.Sequential(*layers, nn.PixelShuffle(stem))
 
 

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from shared.errors import UserError
+from shared.layers import GroupNorm
 
 
 class Waves(nn.Module):
@@ -74,8 +75,8 @@ def require_levels(backbone: str, attention: Sequence[int], levels: int) -> None
         raise UserError(f"{backbone}: attention at level {wrong[0]}, but multipliers has levels 0 to {levels - 1}")
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(8, channels), channels)
+def group_norm(channels: int) -> GroupNorm:
+    return GroupNorm(math.gcd(8, channels), channels)
 
 
 def zeroed(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:

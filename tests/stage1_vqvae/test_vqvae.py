@@ -181,6 +181,24 @@ def test_a_decoder_that_predicts_the_variance_starts_from_the_law_and_is_heard()
     assert torch.allclose((louder - clean)[inside], 3 * (plain - clean)[inside], atol=2e-6)
 
 
+@pytest.mark.parametrize("predict_variance", [False, True])
+def test_many_latents_are_decoded_as_a_few_are_and_in_the_same_order(predict_variance: bool) -> None:
+    model, images = small(predict_variance=predict_variance), torch.rand(37, 1, 30, 30)
+    with torch.no_grad():
+        model.fit_latents([images])
+        for parameter in model.decoder[-2].parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        latents = model.encode(images)
+        clean, said = model.decode_clean(latents)
+    whole, all_said = model.decode_clean(latents)  # with gradients nothing is taken apart
+    assert whole.requires_grad
+    assert torch.allclose(clean, whole, atol=1e-6)
+    assert (said is None) == (all_said is None) == (not predict_variance)
+    if predict_variance:
+        assert float(said.std()) > 0
+        assert torch.allclose(said, all_said, atol=1e-5)
+
+
 def test_the_likelihood_teaches_the_variance_and_the_image() -> None:
     model, images = small(predict_variance=True), torch.rand(2, 1, 30, 30)
     law = NoiseLaw()
