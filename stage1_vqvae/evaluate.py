@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -24,13 +25,14 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 from tqdm import tqdm
 
+from shared import simulate
 from shared.checkpoint import build_autoencoder, find_run, load, versions
 from shared.cli import Parser, guard, positive
 from shared.data.cache import LensImages
 from shared.data.normalise import hint, sky
 from shared.errors import UserError
-from shared.evaluation.lenses import lens_fitter, lens_share
-from shared.evaluation.measure import BATCH, Measured
+from shared.evaluation.lenses import fit_images, lens_fitter, lens_share
+from shared.evaluation.measure import BATCH, Measured, of_data, source
 from shared.evaluation.reference import NOISE_SEEDS, add_options, check_reference, chosen_networks, halves
 from shared.evaluation.scores import compare
 from shared.evaluation.tables import finite, score_rows
@@ -185,25 +187,25 @@ class LensShare:
     def __init__(self, name: str | None, reference: LensImages, n: int) -> None:
         self.fitter, of_kind = lens_fitter(name, reference)
         self.preset, self.n, self.places = self.fitter.preset.name, n, np.flatnonzero(of_kind)
-        self.images: dict[str, list[Tensor]] = {}
+        self.reference, self.indices, self.images = reference, list[np.ndarray](), list[Tensor]()
 
-    def add(self, indices: np.ndarray, **sets: Tensor) -> None:
-        """Images (n, C, H, W) of each set, at these places of the data set; what is not needed is not kept."""
-        missing = self.n - sum(map(len, next(iter(self.images.values()), [])))
+    def add(self, indices: np.ndarray, images: Tensor) -> None:
+        """Reconstructions (n, C, H, W) of images at these places of the data set; what is not needed is not kept."""
+        missing = self.n - sum(map(len, self.images))
         chosen = np.flatnonzero(np.isin(indices, self.places))[: max(0, missing)]
-        for name, images in sets.items():
-            self.images.setdefault(name, []).append(images[chosen])
+        self.indices.append(indices[chosen])
+        self.images.append(images[chosen])
 
     def score(self) -> dict[str, Any]:
-        """{n, preset, of each set what `lens_share` says}."""
-        result: dict[str, Any] = {"preset": self.preset}
-        for name, parts in self.images.items():
-            images = torch.cat(parts)[: self.n]
-            if not len(images):
-                raise UserError(f"--fit: none of the test images is of the first class of preset {self.preset}")
-            result["n"] = len(images)
-            result[name] = lens_share(self.fitter.fit(images, progress=True))
-        return result
+        """{n, preset, of `real` images and their `reconstructions` what `lens_share` says}."""
+        images, indices = torch.cat(self.images), np.concatenate(self.indices)
+        if not len(images):
+            raise UserError(f"--fit: none of the test images is of the first class of preset {self.preset}")
+        fits = {
+            "real": fit_images(of_data(self.reference, indices), self.fitter),
+            "reconstructions": self.fitter.fit(images, progress=True),
+        }
+        return {"preset": self.preset, "n": len(images)} | {name: lens_share(found) for name, found in fits.items()}
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -239,7 +241,6 @@ def evaluate(
     dark_noise = float(law.a.sqrt().median())
     bright = transform.high - float(background.median())
     edges = torch.from_numpy(np.geomspace(min(2 * dark_noise, bright / 4), bright, 24)).float()
-    measured = {name: Measured(networks, transform) for name in ("reference", "real", "reconstructions", TRUTH, AGAIN)}
     residuals, noise = Residuals(edges), Residuals(edges)
     sums, truth_sums, indices_met = Sums(), Sums(), list[Tensor]()
     dark: dict[str, list[np.ndarray]] = {"real": [], "reconstructions": []}
@@ -248,17 +249,18 @@ def evaluate(
     def lit(clean: Tensor) -> Tensor:
         return transform.stretch(clean) - transform.stretch(background) > LIT * transform.span
 
-    with tqdm(total=2 * n, desc="scoring", unit="image", disable=None, leave=False) as bar:
-        for start in range(0, n, BATCH):
-            indices = half[start : start + BATCH]
-            measured["reference"].add(reference.batch(indices))
-            bar.update(len(indices))
+    with tqdm(total=(4 if simulation else 3) * n, desc="scoring", unit="image", disable=None, leave=False) as bar:
+        measured = {  # of real images what was measured for another model is kept
+            "reference": Measured.of(of_data(reference, half), networks, transform, bar.update),
+            "real": Measured.of(of_data(reference, other), networks, transform, bar.update),
+            "reconstructions": Measured(networks, transform),
+            TRUTH: Measured(networks, transform),
+        }
         for start in range(0, n, BATCH):
             indices = other[start : start + BATCH]
             real = reference.batch(indices)
             clean, observed, codes, said = reconstruct(model, real, start, precision)
             indices_met.append(codes)
-            measured["real"].add(real)
             measured["reconstructions"].add(observed)
             for name, some in (("real", real), ("reconstructions", observed)):
                 dark[name].append(np.stack([sky(band.numpy())[1] for band in some.split(1, 1)]))
@@ -272,10 +274,10 @@ def evaluate(
             seen = bright_pixels | ~bright_pixels.flatten(1).any(1)[:, None, None, None]
             worst[start : start + len(indices)] = (chi2 * seen).flatten(1).sum(1) / seen.flatten(1).sum(1)
             if lens_fits:
-                lens_fits.add(indices, real=real, reconstructions=observed)
+                lens_fits.add(indices, observed)
             if simulation:
                 try:
-                    truth, again = simulation(indices, real)
+                    truth, _ = simulation(indices, real)
                 except UserError as error:
                     print(error)
                     simulation = None
@@ -284,7 +286,6 @@ def evaluate(
                     where = model.latent_mean.device
                     heard = None if said is None else said.to(where)
                     measured[TRUTH].add(model.observe(truth.to(where), seeds, heard).cpu())
-                    measured[AGAIN].add(again)
                     light = lit(truth)
                     noise.add(truth - background, real - truth, law.variance(truth), light)
                     truth_sums.similarity(transform.unit(clean), transform.unit(truth), "truth")
@@ -292,6 +293,11 @@ def evaluate(
                     truth_sums.add(lit_error=error2 * light, lit_noise=noise2 * light, lit=light)
                     truth_sums.add(dark_error=error2 * ~light, dark_noise=noise2 * ~light, all=torch.ones_like(light))
             bar.update(len(indices))
+        if simulation:
+            exposed = of_data(reference, other).changed(
+                f"{AGAIN} {source(simulate)}", partial(_again, simulation, other)
+            )
+            measured[AGAIN] = Measured.of(exposed, networks, transform, bar.update)
 
     counts: list[np.ndarray] = []
     with_truth = (TRUTH, AGAIN) if simulation else ()
@@ -338,6 +344,11 @@ def evaluate(
         "worst": pictured(model, reference, np.array(metrics["worst"]["index"]), law, precision),
     }
     return metrics, found
+
+
+def _again(simulation: Simulation, places: np.ndarray, images: Tensor, chosen: np.ndarray) -> Tensor:
+    """Other exposures of images, of those places of the data set that are chosen."""
+    return simulation(places[chosen], images)[1]
 
 
 def generators(first: int, count: int) -> list[torch.Generator]:

@@ -98,6 +98,16 @@ def by_hand(home: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
+def test_what_was_measured_of_real_images_is_kept_and_says_the_same(home: Path, scored: dict) -> None:
+    kept = {path: path.stat().st_mtime_ns for path in (home / "data" / "measured").rglob("*.npz")}
+    assert len({path.parent for path in kept}) == 3  # each half, and the other exposures of one
+    main(["evaluate-vqvae", str(home / "model"), "--reference", str(home / "data"), "--count", str(SIDE),
+          "--out", str(home / "again"), "--device", "cpu"])  # fmt: skip
+    again = json.loads((home / "again" / "metrics.json").read_text())
+    assert {k: v for k, v in again.items() if k != "cost"} == {k: v for k, v in scored.items() if k != "cost"}
+    assert {path: path.stat().st_mtime_ns for path in (home / "data" / "measured").rglob("*.npz")} == kept
+
+
 def test_errors_against_the_truth_are_what_they_are_defined_to_be(home: Path, scored: dict) -> None:
     observed, truth, clean, _ = by_hand(home)
     found = scored["truth"]
