@@ -5,7 +5,8 @@ lens-ldm ablate configs/ablations/stage1.yaml --only vq fsq --data.path data/len
 
 A cell is trained through stage 1, scored, then through stage 2 on its latents, sampled and scored. <output>/<name> gets a
 folder of each run, ablation.json and the table ablation.md, both written anew after every part. The same command goes on
-where it stopped; a finished cell is not repeated, one that fails is noted and the next one goes on.
+where it stopped; a finished cell is not repeated, one that fails is noted and the next one goes on. Given a second time while
+the first still runs, it takes cells that nobody is at: as many at once as there are idle cores or GPUs.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from shared.cli import Parser
 from shared.config import load_config, to_dict
 from shared.errors import UserError, hint
 from shared.explain import describe
-from shared.files import make_folder, markdown, write_atomically
+from shared.files import claimed, make_folder, markdown, write_atomically
 from shared.quickstart import clock, script
 from shared.schema import Ablation, Stage1, Stage2
 
@@ -71,14 +72,14 @@ def chosen(ablation: Ablation, only: Sequence[str] | None) -> list[str]:
 
 
 class Results:
-    """ablation.json and ablation.md of an ablation. Other cells of the file are left alone: two commands with different
-    --only may write it by turns."""
+    """ablation.json and ablation.md of an ablation. Other cells of the file are left alone: several commands write it by
+    turns."""
 
     def __init__(self, ablation: Ablation) -> None:
         self.ablation, self.folder = ablation, Path(ablation.output) / ablation.name
-        self.cells: dict[str, Record] = self._read()
+        self.cells: dict[str, Record] = self.read()
 
-    def _read(self) -> dict[str, Record]:
+    def read(self) -> dict[str, Record]:
         path = self.folder / "ablation.json"
         if not path.exists():
             return {}
@@ -90,19 +91,20 @@ class Results:
             ) from error
 
     def save(self, cell: str, record: Record) -> None:
-        self.cells = {**self._read(), cell: record}
-        order = {name: k for k, name in enumerate(self.ablation.overrides())}
-        self.cells = dict(sorted(self.cells.items(), key=lambda item: order.get(item[0], len(order))))
-        content = {"name": self.ablation.name, "cells": self.cells}
-        write_atomically(self.folder / "ablation.json", (json.dumps(content, indent=1) + "\n").encode())
-        about = (
-            f"# {self.ablation.name}\n\n{self.table()}\n\n"
-            "Excesses: of the Fréchet distance over that of real images to real images, whose scatter is behind ±. rFD: of "
-            "observed reconstructions; FD: of samples. PSNR and lit error / noise: of clean reconstructions against the "
-            "clean truth; lenses: share of the observed ones that a lens model fits at the noise level. GFLOP: of encoding "
-            "and decoding an image. TFLOP: of training stage 1. Seconds: of all parts.\n"
-        )
-        write_atomically(self.folder / "ablation.md", about.encode())
+        with claimed(self.folder / ".lock", wait=True):
+            self.cells = {**self.read(), cell: record}
+            order = {name: k for k, name in enumerate(self.ablation.overrides())}
+            self.cells = dict(sorted(self.cells.items(), key=lambda item: order.get(item[0], len(order))))
+            content = {"name": self.ablation.name, "cells": self.cells}
+            write_atomically(self.folder / "ablation.json", (json.dumps(content, indent=1) + "\n").encode())
+            about = (
+                f"# {self.ablation.name}\n\n{self.table()}\n\n"
+                "Excesses: of the Fréchet distance over that of real images to real images, whose scatter is behind ±. rFD: of "
+                "observed reconstructions; FD: of samples. PSNR and lit error / noise: of clean reconstructions against the "
+                "clean truth; lenses: share of the observed ones that a lens model fits at the noise level. GFLOP: of encoding "
+                "and decoding an image. TFLOP: of training stage 1. Seconds: of all parts.\n"
+            )
+            write_atomically(self.folder / "ablation.md", about.encode())
 
     def table(self, cells: Sequence[str] | None = None) -> str:
         """Markdown: a row for each cell that was begun."""
@@ -152,13 +154,19 @@ def run(ablation: Ablation, cells: Sequence[str], results: Results) -> list[str]
         check_unchanged(results.folder, cell, results.cells.get(cell), planned)
     failed, begun = [], time.perf_counter()
     for k, (cell, planned) in enumerate(plans.items()):
-        record = continued(results.cells.get(cell), planned, results.folder)
-        if record["status"] == "begun":
-            print(f"[{k + 1}/{len(plans)}] {cell}, {clock(time.perf_counter() - begun)} since the start", flush=True)
-            record = run_cell(ablation, cell, record, results)
+        place = f"[{k + 1}/{len(plans)}] {cell}"
+        with claimed(results.folder / f".{cell}.lock") as mine:
+            if not mine:
+                print(f"{place}: another process is at it", flush=True)
+                continue
+            record = continued(results.read().get(cell), planned, results.folder)  # another may have done it meanwhile
+            if record["status"] == "begun":
+                print(f"{place}, {clock(time.perf_counter() - begun)} since the start", flush=True)
+                record = run_cell(ablation, cell, record, results)
         if record["status"] == "failed":
             failed.append(cell)
-            print(f"[{k + 1}/{len(plans)}] {cell} failed: {record['error']}", flush=True)
+            print(f"{place} failed: {record['error']}", flush=True)
+    results.cells = results.read()
     return failed
 
 

@@ -2,11 +2,12 @@
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,21 @@ def sync_folder(folder: Path) -> None:
         with contextlib.suppress(OSError):  # some network file systems refuse
             os.fsync(descriptor)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this lock is this process's alone meanwhile; with `wait` it is, once no other's.
+
+    It goes with the process, however that ends; where the file system has none, whoever asks has it.
+    """
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except OSError as error:
+            mine = not isinstance(error, BlockingIOError)
+        yield mine
 
 
 def sha256(path: Path) -> str:

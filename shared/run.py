@@ -1,7 +1,6 @@
 """The folder of a run, checkpoints/<name>/: config.yaml, metrics.csv, samples/*.png, last.ckpt and model/."""
 
 import contextlib
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 from shared.checkpoint import read_config, require_intact
 from shared.config import load_config, to_dict, to_yaml
 from shared.errors import UserError
-from shared.files import write_atomically
+from shared.files import claimed, write_atomically
 from shared.processes import is_main_process
 
 # What may differ between a run and its continuation without making it another run.
@@ -53,19 +52,12 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """The run is this process's alone meanwhile. UserError if it is another's, or if another has made it one of another config.
-
-        The lock goes with the process, however that ends; where the file system has none, there is none.
-        """
-        with open(self.folder / ".lock", "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        """The run is this process's alone meanwhile. UserError if it is another's, or another made it one of another config."""
+        with claimed(self.folder / ".lock") as mine:
+            if not mine:
                 raise UserError(
                     f"another process is training {self.folder}: wait for it, stop it, or choose another name (--name)"
-                ) from None
-            except OSError:
-                pass
+                )
             self._claim()  # again: whoever had the lock may have begun the run
             yield
 

@@ -8,6 +8,7 @@ import pytest
 
 import stage2_diffusion.evaluate
 from shared.cli import main
+from shared.files import claimed
 from shared.simulate.preset import Preset
 from shared.simulate.run import simulate_to
 
@@ -139,3 +140,16 @@ def test_a_disk_that_cannot_be_written_is_no_result_of_a_cell(
     cells = json.loads(Path("other/toy/ablation.json").read_text())["cells"]
     assert {name: record["status"] for name, record in cells.items()} == {"fsq": "begun"}
     assert not os.path.exists("other/toy/none-stage1")
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
+    Path("both/toy").mkdir(parents=True)
+    with claimed(Path("both/toy/.none.lock")) as mine:
+        assert mine
+        main(["ablate", "toy.yaml", "--output", "both", "--only", "none", "--stage2", "null"])
+    assert "[1/1] none: another process is at it" in capsys.readouterr().out
+    assert not Path("both/toy/ablation.json").exists()
+    assert not Path("both/toy/none-stage1").exists()
