@@ -1,6 +1,7 @@
 """Several evaluations in one table, and their quality against what a lens costs."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from shared.report import colour_of, panels, rasterise, save_picture
 
 Metrics = Mapping[str, Any]
 COSTS = {"gflop": "GFLOP a lens", "milliseconds": "ms a lens"}
+NAMELESS = re.compile(r"evaluation(-\d+)?|metrics\.json|model")  # parts of a path that say nothing of the model
 NAMED = 3  # quantities that a cell names, and not only counts
 ABOUT = """n = {n} samples of each, against {reference}. Excess: of the Fréchet distance of samples over that of other real \
 images, whose scatter is behind ±; its decoder alone: that of real images through its encoder and decoder. Quantities: \
@@ -71,7 +73,7 @@ def require_comparable(found: Sequence[Metrics], runs: Sequence[str]) -> None:
 
 def short_names(runs: Sequence[str]) -> list[str]:
     """The last parts of paths that tell them apart."""
-    parts = [[part for part in Path(run).parts if part not in ("evaluation", "metrics.json", "model")] for run in runs]
+    parts = [[part for part in Path(run).parts if not NAMELESS.fullmatch(part)] for run in runs]
     depth = 1
     while len({tuple(one[-depth:]) for one in parts}) < len({tuple(one) for one in parts}):
         depth += 1
@@ -151,6 +153,6 @@ def figure(found: Sequence[Metrics], names: Sequence[str]) -> Image.Image:
             axis.axhline(found[0]["lens_fits"]["real"]["share"], color="k", lw=0.6)
         if axis.has_data():
             axis.set_xscale("log")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+    if handles := max((axis.get_legend_handles_labels() for axis in axes), key=lambda pair: len(pair[0]))[0]:
+        drawing.legend(handles=handles, loc="outside right upper", fontsize=8)
     return rasterise(drawing)

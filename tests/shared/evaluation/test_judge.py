@@ -16,6 +16,7 @@ from shared.cli import run
 from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.evaluation import comparison, damage, judge, page
+from shared.evaluation.comparison import short_names
 from shared.evaluation.measure import ImageSet, of_data
 from shared.evaluation.reference import halves
 from shared.evaluation.verdict import LEVEL, _lenses, fewer, stands_out, summary, verdict
@@ -305,3 +306,12 @@ def test_a_summary_is_for_reading() -> None:
     text = summary(metrics_of(5.0, None, 0.0))  # type: ignore[arg-type]
     assert "flux inf" in text
     assert text.count("not so") == 2
+
+
+def test_models_are_called_by_what_tells_their_paths_apart() -> None:
+    assert short_names(["a/unet/evaluation-64", "a/dit/evaluation/metrics.json", "b/dit/model"]) == [
+        "a/unet",
+        "a/dit",
+        "b/dit",
+    ]
+    assert short_names(["runs/unet/evaluation", "runs/dit"]) == ["unet", "dit"]
