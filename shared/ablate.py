@@ -199,7 +199,7 @@ def check_unchanged(folder: Path, cell: str, record: Record | None, planned: Rec
     """UserError if the cell has been begun with other data or another config, and its runs are still there."""
     for stage, schema in (("stage1", Stage1), ("stage2", Stage2)):
         path = folder / f"{cell}-{stage}"
-        if not record or not path.exists() or not record.get(stage):
+        if not record or not path.exists() or not record.get(stage) or not planned[stage]:
             continue
         other = record["data"] != planned["data"]
         if changed := "other data" if other else _changes(schema, record[stage], planned[stage]):
@@ -223,8 +223,8 @@ def continued(record: Record | None, planned: Record, folder: Path) -> Record:
     fresh: Record = {"status": "begun", **planned, "seconds": {}, "scores": {"tflop": planned["tflop"]}}
     if record is None or record["data"] != planned["data"]:
         return fresh
-    first, second = (
-        not _changes(schema, record[stage], planned[stage])
+    first, second = (  # without a stage 2 nothing is asked of it
+        not (planned[stage] and _changes(schema, record[stage], planned[stage]))
         for stage, schema in (("stage1", Stage1), ("stage2", Stage2))
     )
     if not first:

@@ -124,6 +124,10 @@ def test_what_is_finished_is_not_repeated_and_the_rest_goes_on(tmp_path: Path) -
     assert (again["status"], again["scores"], again["seconds"]) == ("begun", {"tflop": 1.0}, done["seconds"])
     assert continued(done, planned(**{"loss.l1": 2.0}), tmp_path)["scores"] == {"tflop": 1.0}
 
+    alone = planned() | {"stage2": None}  # stage 1 alone takes nothing away that stage 2 has given
+    assert continued(done, alone, tmp_path) is done
+    assert continued(record("done") | {"stage2": None}, planned(), tmp_path)["status"] == "begun"
+
     begun = record("begun")
     assert "psnr_observed" not in continued(begun, planned(), tmp_path)["scores"]  # stage 1 is gone, stage 2 needs it
     (tmp_path / "plain-stage1" / "model").mkdir(parents=True)
@@ -146,6 +150,8 @@ def test_a_changed_config_is_noticed_while_its_run_is_there(tmp_path: Path) -> N
         check_unchanged(tmp_path, "plain", record("done"), planned(**{"loss.l1": 2.0}))
     with pytest.raises(UserError, match="other data"):
         check_unchanged(tmp_path, "plain", record("done"), planned() | {"data": "e"})
+    (tmp_path / "plain-stage2").mkdir()
+    check_unchanged(tmp_path, "plain", record("done"), planned() | {"stage2": None})
     older = record("done")
     del older["stage1"]["loss"]["l1"]  # a key that was added since has its default
     check_unchanged(tmp_path, "plain", older, planned())
