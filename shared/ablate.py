@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]  # of a cell: status, stage1, stage2, data, evaluate, seconds, scores, error
 FORWARD_TO_STEP = 3  # a training step takes a forward pass and, for the backward one, twice as much again
+ABOUT = """\
+Excesses: of the Fréchet distance over that of real images to real images, whose scatter is behind ±. rFD: of observed \
+reconstructions; FD: of samples. PSNR and lit error / noise: of clean reconstructions against the clean truth; lenses: share of \
+the observed ones that a lens model fits at the noise level. GFLOP: of encoding and decoding an image. TFLOP: of training stage 1. \
+Seconds: of all parts.
+"""
 STATES = {"done": "done", "failed": "failed", "begun": "begun, goes on", None: "to do"}
 
 
@@ -51,9 +57,10 @@ def main(argv: list[str] | None = None) -> None:
     for cell in cells:
         ablation.stages(cell)  # a mistake in any cell is told before the first one starts
     results = Results(ablation)
+    known = results.cells
     if options.list:
         for cell in cells:
-            print(f"{cell:24} {STATES[results.cells.get(cell, {}).get('status')]:16} {ablation.overrides()[cell]}")
+            print(f"{cell:24} {STATES[known.get(cell, {}).get('status')]:16} {ablation.overrides()[cell]}")
         return
     failed = run(ablation, cells, results)
     print(results.table(cells))
@@ -77,9 +84,10 @@ class Results:
 
     def __init__(self, ablation: Ablation) -> None:
         self.ablation, self.folder = ablation, Path(ablation.output) / ablation.name
-        self.cells: dict[str, Record] = self.read()
 
-    def read(self) -> dict[str, Record]:
+    @property
+    def cells(self) -> dict[str, Record]:
+        """As the file has them now. UserError if it cannot be read."""
         path = self.folder / "ablation.json"
         if not path.exists():
             return {}
@@ -91,27 +99,21 @@ class Results:
             ) from error
 
     def save(self, cell: str, record: Record) -> None:
+        order = {name: k for k, name in enumerate(self.ablation.overrides())}
         with claimed(self.folder / ".lock", wait=True):
-            self.cells = {**self.read(), cell: record}
-            order = {name: k for k, name in enumerate(self.ablation.overrides())}
-            self.cells = dict(sorted(self.cells.items(), key=lambda item: order.get(item[0], len(order))))
-            content = {"name": self.ablation.name, "cells": self.cells}
+            cells = sorted({**self.cells, cell: record}.items(), key=lambda item: order.get(item[0], len(order)))
+            content = {"name": self.ablation.name, "cells": dict(cells)}
             write_atomically(self.folder / "ablation.json", (json.dumps(content, indent=1) + "\n").encode())
-            about = (
-                f"# {self.ablation.name}\n\n{self.table()}\n\n"
-                "Excesses: of the Fréchet distance over that of real images to real images, whose scatter is behind ±. rFD: of "
-                "observed reconstructions; FD: of samples. PSNR and lit error / noise: of clean reconstructions against the "
-                "clean truth; lenses: share of the observed ones that a lens model fits at the noise level. GFLOP: of encoding "
-                "and decoding an image. TFLOP: of training stage 1. Seconds: of all parts.\n"
-            )
+            about = f"# {self.ablation.name}\n\n{self.table()}\n\n{ABOUT}"
             write_atomically(self.folder / "ablation.md", about.encode())
 
     def table(self, cells: Sequence[str] | None = None) -> str:
         """Markdown: a row for each cell that was begun."""
         rows = [["cell", "rFD excess", "PSNR [dB]", "lit error / noise", "lenses", "FD excess", "GFLOP", "codes used",
                  "steps", "TFLOP", "seconds", "n"]]  # fmt: skip
-        for name in self.cells if cells is None else cells:
-            record = self.cells.get(name, {})
+        found = self.cells
+        for name in found if cells is None else cells:
+            record = found.get(name, {})
             s, state = record.get("scores", {}), record.get("status")
             note = {"done": "", "failed": f" (failed: {record.get('error')})"}.get(state or "", " (not finished)")
             values = [
@@ -149,9 +151,9 @@ def run(ablation: Ablation, cells: Sequence[str], results: Results) -> list[str]
     if ablation.evaluate.fit:  # images that its lens models cannot make are told now, not after the first training
         script("stage1_vqvae.evaluate", "LensShare")(None, images, ablation.evaluate.fit)
     make_folder(results.folder)
-    plans = {cell: plan(ablation, cell, images) for cell in cells}
+    plans, known = {cell: plan(ablation, cell, images) for cell in cells}, results.cells
     for cell, planned in plans.items():
-        check_unchanged(results.folder, cell, results.cells.get(cell), planned)
+        check_unchanged(results.folder, cell, known.get(cell), planned)
     failed, begun = [], time.perf_counter()
     for k, (cell, planned) in enumerate(plans.items()):
         place = f"[{k + 1}/{len(plans)}] {cell}"
@@ -159,14 +161,13 @@ def run(ablation: Ablation, cells: Sequence[str], results: Results) -> list[str]
             if not mine:
                 print(f"{place}: another process is at it", flush=True)
                 continue
-            record = continued(results.read().get(cell), planned, results.folder)  # another may have done it meanwhile
+            record = continued(results.cells.get(cell), planned, results.folder)  # another may have done it meanwhile
             if record["status"] == "begun":
                 print(f"{place}, {clock(time.perf_counter() - begun)} since the start", flush=True)
                 record = run_cell(ablation, cell, record, results)
         if record["status"] == "failed":
             failed.append(cell)
             print(f"{place} failed: {record['error']}", flush=True)
-    results.cells = results.read()
     return failed
 
 

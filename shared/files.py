@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import json
 import os
@@ -59,13 +58,15 @@ def sync_folder(folder: Path) -> None:
 def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
     """Whether this lock is this process's alone meanwhile; with `wait` it is, once no other's.
 
-    It goes with the process, however that ends; where the file system has none, whoever asks has it.
+    It goes with the process, however that ends; where the system or the file system has no locks, whoever asks has it.
     """
     with open(path, "a") as file:
+        mine = True
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = True
-        except OSError as error:
+        except (ImportError, OSError) as error:
             mine = not isinstance(error, BlockingIOError)
         yield mine
 

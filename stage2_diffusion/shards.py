@@ -25,7 +25,7 @@ from tqdm import tqdm
 from shared.data.export import FORMATS, Stack, columns_csv, png_scale, stored_rows
 from shared.data.normalise import PixelTransform
 from shared.errors import UserError
-from shared.files import DAMAGED, sync_folder, write_atomically
+from shared.files import DAMAGED, claimed, sync_folder, write_atomically
 from shared.report import save_grid
 
 SHOWN = 64
@@ -120,18 +120,8 @@ def disk_errors(out: Path) -> Iterator[None]:
 def hold(folder: Path) -> Iterator[bool]:
     """Whether this process alone has the folder, which is made; until the end, which a kill is, too."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            import fcntl  # a system without it has no such locks, and lets everybody in
-        except ImportError:
-            yield True
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    with claimed(folder / "lock") as mine:
+        yield mine
 
 
 class Results:
