@@ -33,8 +33,8 @@ FORWARD_TO_STEP = 3  # a training step takes a forward pass and, for the backwar
 ABOUT = """\
 Excesses: of the Fréchet distance over that of real images to real images, whose scatter is behind ±. rFD: of observed \
 reconstructions; FD: of samples. PSNR and lit error / noise: of clean reconstructions against the clean truth; lenses: share of \
-the observed ones that a lens model fits at the noise level. GFLOP: of encoding and decoding an image. TFLOP: of training stage 1. \
-Seconds: of all parts.
+the observed ones, and of the samples, that a lens model fits at the noise level. GFLOP: of encoding and decoding an image. \
+TFLOP: of training stage 1. Seconds: of all parts.
 """
 STATES = {"done": "done", "failed": "failed", "begun": "begun, goes on", None: "to do"}
 
@@ -109,8 +109,8 @@ class Results:
 
     def table(self, cells: Sequence[str] | None = None) -> str:
         """Markdown: a row for each cell that was begun."""
-        rows = [["cell", "rFD excess", "PSNR [dB]", "lit error / noise", "lenses", "FD excess", "GFLOP", "codes used",
-                 "steps", "TFLOP", "seconds", "n"]]  # fmt: skip
+        rows = [["cell", "rFD excess", "PSNR [dB]", "lit error / noise", "lenses", "FD excess", "samples: lenses", "GFLOP",
+                 "codes used", "steps", "TFLOP", "seconds", "n"]]  # fmt: skip
         found = self.cells
         for name in found if cells is None else cells:
             record = found.get(name, {})
@@ -119,7 +119,7 @@ class Results:
             values = [
                 _excess(s, "rfd"), _number(s.get("psnr"), ".2f"), _number(s.get("lit_error_over_noise"), ".4f"),
                 _number(s.get("lens_share"), ".0%"),
-                _excess(s, "fd"), _number(s.get("gflop"), ".2f"),
+                _excess(s, "fd"), _number(s.get("fd_lens_share"), ".0%"), _number(s.get("gflop"), ".2f"),
                 _number(s.get("codes_used"), ".1%") if s.get("levels_used") is None else f"{s['levels_used']:.0%} of levels",
                 _number(record.get("stage1", {}).get("trainer", {}).get("max_steps"), "d"), _number(s.get("tflop"), ".1f"),
                 _number(sum(record.get("seconds", {}).values()) or None, ".0f"), _number(s.get("n"), "d"),
@@ -249,7 +249,7 @@ def run_cell(ablation: Ablation, cell: str, record: Record, results: Results) ->
     e, device = ablation.evaluate, "cpu" if stage1.trainer.accelerator == "cpu" else "auto"
     common = ["--reference", ablation.data.path, "--device", device, *(["--count", str(e.count)] if e.count else [])]
     scored = [*common, *(["--fit", str(e.fit)] if e.fit else [])]
-    sampled = [*common, "--fit", "0", "--skip", "two-sample", *(["--steps", str(e.steps)] if e.steps else [])]
+    sampled = [*common, "--fit", str(e.fit), "--skip", "two-sample", *(["--steps", str(e.steps)] if e.steps else [])]
     parts: dict[str, Callable[[], Any]] = {
         "train stage 1": lambda: script("stage1_vqvae.pipeline")(stage1),
         "score stage 1": lambda: script("stage1_vqvae.evaluate", "main")([models[0], *scored]),
@@ -292,7 +292,8 @@ def read_scores(model: Path, of_samples: bool) -> dict[str, Any]:
         return {f"{name}_{key}": distances[of][key] for key in ("excess", "floor", "floor_sd", "distance")}
 
     if of_samples:
-        return excess("fd", "samples")
+        fits = metrics.get("lens_fits")
+        return excess("fd", "samples") | ({"fd_lens_share": fits["samples"]["share"]} if fits else {})
     truth, cost, codes = metrics["truth"] or {}, metrics["cost"], metrics["codes"] or {}
     return excess("rfd", "reconstructions") | {
         "n": metrics["n"],

@@ -775,7 +775,7 @@ class Budget(Block):
 class AblationScores(Block):
     count: int | None = key(None, "test images a side, of both stages; null: half of the test split", ge=2)
     steps: int | None = key(None, "network evaluations a sample; null: as the model of stage 2 says", ge=1)
-    fit: int = key(0, "lens fits of reconstructions, of preset deeplense; 0: none", ge=0)
+    fit: int = key(0, "lens fits of reconstructions and of samples, of preset deeplense; 0: none", ge=0)
 
 
 Overrides = dict[str, Any]

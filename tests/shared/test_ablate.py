@@ -168,7 +168,7 @@ def test_the_list_shows_every_cell_without_torch(tmp_path: Path) -> None:
 
 
 def test_every_cell_of_the_shipped_files_is_a_valid_training() -> None:
-    for file in ("ablations/stage1", "ablations/smoke"):
+    for file in ("ablations/stage1", "ablations/latents", "ablations/smoke"):
         a = load_config(Ablation, [file])
         for cell in a.overrides():
             stage1, stage2 = a.stages(cell)
