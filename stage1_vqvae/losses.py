@@ -16,7 +16,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from shared.data.normalise import PixelTransform
 from shared.metrics.efficientnet import efficientnet_lite0
 from stage1_vqvae.adversary import BETAS, Adversary, feature_distance
-from stage1_vqvae.noise import NoiseLaw, NoiseLaws, likelihood
+from stage1_vqvae.noise import NoiseLaw, NoiseLaws
 
 KNEE = 0.02  # of full scale: about where a lens image goes over from background to arc
 
@@ -36,6 +36,14 @@ def chi(output: Tensor, target: Tensor, law: NoiseLaw | NoiseLaws, delta: float 
     """
     residual = (output - target) / (noisier * law.variance(output.detach())).sqrt().clamp_min(1e-6)
     return (delta**2 * ((1 + (residual / delta).square()).sqrt() - 1)).mean()
+
+
+def likelihood(residual: Tensor, variance: Tensor, log_ratio: Tensor, beta: float = 0.5) -> Tensor:
+    """Negative log-likelihood of residuals whose variance is the law's times exp(log_ratio), each weighed by that to the
+    power beta (Seitzer et al. 2022, arXiv 2203.09168): at beta = 0 pixels that are badly fitted could buy themselves off
+    with a large variance. Less a constant."""
+    wrong = residual.square() / variance.clamp_min(1e-12) * (-log_ratio).exp()
+    return (0.5 * (wrong + log_ratio) * (beta * log_ratio.detach()).exp()).mean()
 
 
 def ssim_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -22,10 +22,8 @@ import torch.nn.functional as F
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
-# The fourth difference in both directions. Scaled to pass white noise with unit variance, it cancels every surface that
-# is cubic along rows or along columns, so what a decoder gets smoothly wrong does not count as noise.
-_FOURTH = torch.tensor([1.0, -4.0, 6.0, -4.0, 1.0])
-HIGH_PASS = (_FOURTH[:, None] * _FOURTH[None, :] / _FOURTH.square().sum())[None, None]
+from stage1_vqvae.curve import HIGH_PASS, affine, binned, count_step, filtered, thin
+from stage1_vqvae.draws import Generators, poisson, standard_normal
 
 NORMAL = torch.linspace(-5, 5, 41)  # where the table holds its quantiles: a normal variable's values
 SIGNALS = 16  # rows of the table, from dark to bright
@@ -34,12 +32,8 @@ LEVEL_SHARE = 0.1  # of an image is taken to be background
 # Of full scale, as the network sees it, above the background: where a lens is bright enough for its noise to matter to a fit.
 LIT = 0.1
 ENOUGH = 20_000_000  # pixels: more of them make no better law, and all are held in memory at once
-WHOLE = 0.02  # of a count: how far a whole one may be off
 COUNTED = 256  # images whose counts are looked at
 OF_PHOTONS = 0.1  # how far variances may be from those of photons, relative
-MANY = 16  # photons, from where on their quantiles are those of an expansion, to a count in one of a hundred pixels
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class NoiseLaw(nn.Module):
@@ -187,8 +181,8 @@ class NoiseLaw(nn.Module):
         level = self.level(clean)
         residual = images - clean
         # The filter mixes the variances of 25 pixels with the squares of its weights: so must the signal beside it.
-        signal = (_filter(clean, HIGH_PASS.square()) - level).clamp_min(0)
-        noise = _filter(residual, HIGH_PASS).square()
+        signal = (filtered(clean, HIGH_PASS.square()) - level).clamp_min(0)
+        noise = filtered(residual, HIGH_PASS).square()
         if log_ratio is None:
             self.background.copy_(level.median())
             self.low.copy_(images.min() if scale is None else scale[0])
@@ -197,9 +191,9 @@ class NoiseLaw(nn.Module):
             self.scale.copy_(_scale(images) if scale is None else scale)
             self._fit_counts(images, clean, level, alone=scale is None)
             self._fit_shape(residual, clean, log_ratio)
-        said = 1.0 if log_ratio is None else _filter(log_ratio.exp(), HIGH_PASS.square())
+        said = 1.0 if log_ratio is None else filtered(log_ratio.exp(), HIGH_PASS.square())
         drawn = (self._dark(level) + self.b * signal) * said
-        columns = _binned(signal, noise, residual[..., 2:-2, 2:-2].square(), drawn)
+        columns = binned(signal, noise, residual[..., 2:-2, 2:-2].square(), drawn)
         names = ("signal", "variance", "residual_variance", "law", "pixels")
         return {name: values.tolist() for name, values in zip(names, columns, strict=True)}
 
@@ -215,7 +209,7 @@ class NoiseLaw(nn.Module):
             return (values.double() * faint).mean((2, 3)) / share
 
         own, above = mean(noise).flatten(), mean(signal).flatten()  # of each image's darker half
-        a, b = _affine(*_binned(signal, noise))
+        a, b = affine(*binned(signal, noise))
         powers = torch.stack([x.flatten().double() ** k for k in range(3)], 1)
         if not of_each or len(own) < 8:
             self.dark.copy_(torch.stack([a, 0 * a, 0 * a]))
@@ -238,7 +232,7 @@ class NoiseLaw(nn.Module):
 
     def _fit_counts(self, images: Tensor, clean: Tensor, level: Tensor, alone: bool) -> None:
         """Whether images hold whole counts, and whether they are of photons."""
-        steps = torch.tensor([_count(image) for image in images[:COUNTED]]).to(images)
+        steps = torch.tensor([count_step(image) for image in images[:COUNTED]]).to(images)
         self.step.copy_(steps.mean() if bool((steps > 0).all()) else torch.zeros(()))
         self._fit_photons(steps, clean[:COUNTED], level[:COUNTED], alone)
 
@@ -283,12 +277,12 @@ class NoiseLaw(nn.Module):
         """The table: what the residual's distribution is like, at mean 0 and the variance of its high-passed part."""
         law = self.variance(clean) * (1.0 if log_ratio is None else log_ratio.exp())
         sd = law.sqrt().clamp_min(torch.finfo(law.dtype).tiny)
-        passed = _filter(residual, HIGH_PASS).square() / _filter(law, HIGH_PASS.square()).clamp_min(1e-30)
+        passed = filtered(residual, HIGH_PASS).square() / filtered(law, HIGH_PASS.square()).clamp_min(1e-30)
         ratio, noise = (clean - self.low) / sd, residual / sd
         inner = ratio[..., 2:-2, 2:-2].flatten()
         ratio, noise, passed = ratio.flatten(), noise.flatten(), passed.flatten()
         roots, within = ratio.clamp_min(0).sqrt(), inner.clamp_min(0).sqrt()
-        first, last = torch.quantile(_thin(roots), torch.tensor([0.02, 0.999], device=roots.device))
+        first, last = torch.quantile(thin(roots), torch.tensor([0.02, 0.999], device=roots.device))
         if not bool(last > first):
             return
         self.signal.copy_(torch.stack([first, last]))
@@ -300,7 +294,7 @@ class NoiseLaw(nn.Module):
         weight = weight / weight.sum()
         found: dict[int, Tensor] = {}
         for k in range(SIGNALS):
-            members, squares = _thin(noise[rows == k], 8_000_000), passed[inside == k]
+            members, squares = thin(noise[rows == k], 8_000_000), passed[inside == k]
             if min(len(members), len(squares)) < FEW:
                 continue
             quantiles = torch.quantile(members, chance)
@@ -426,14 +420,6 @@ def law_of(channels: int) -> NoiseLaw | NoiseLaws:
     return NoiseLaw() if channels == 1 else NoiseLaws(channels)
 
 
-def likelihood(residual: Tensor, variance: Tensor, log_ratio: Tensor, beta: float = 0.5) -> Tensor:
-    """Negative log-likelihood of residuals whose variance is the law's times exp(log_ratio), each weighed by that to the
-    power beta (Seitzer et al. 2022, arXiv 2203.09168): at beta = 0 pixels that are badly fitted could buy themselves off
-    with a large variance. Less a constant."""
-    wrong = residual.square() / variance.clamp_min(1e-12) * (-log_ratio).exp()
-    return (0.5 * (wrong + log_ratio) * (beta * log_ratio.detach()).exp()).mean()
-
-
 def enough(n: int, image_shape: Sequence[int]) -> int:
     """How many of n such images to hold in memory at once: ENOUGH pixels, and at least eight images."""
     return min(n, max(8, ENOUGH // math.prod(image_shape)))
@@ -466,42 +452,6 @@ def smooth(images: Tensor) -> Tensor:
     return F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
 
 
-def poisson(z: Tensor, rate: Tensor) -> Tensor:
-    """Normal z -> whole numbers, Poisson-distributed at rates of the same shape: as many as lie below z's place in the
-    distribution. Unlike drawing them, this takes one random number each, so that a seed means the same on every device."""
-    root = rate.clamp_min(MANY).sqrt()  # Cornish and Fisher 1938, to the fourth cumulant
-    x = z + (z.square() - 1) / (6 * root) + ((z**3 - 3 * z) / 24 - (2 * z**3 - 5 * z) / 36) / root.square()
-    numbers = (rate + root * x - 0.5).ceil().clamp_min(0)
-    for image, own, mean in zip(numbers, z, rate, strict=True):  # one at a time stays in the processor's cache
-        few = mean < MANY
-        if bool(few.any()):
-            # In double precision, where no chance is rounded to 1: it would be that of infinitely many.
-            image[few] = _counted(torch.special.ndtr(own[few].double()), mean[few].double()).to(image.dtype)
-    return numbers
-
-
-def _counted(below: Tensor, rate: Tensor) -> Tensor:
-    """The Poisson quantiles of chances `below`, by adding up."""
-    chance = (-rate).exp()
-    total, number = chance.clone(), torch.zeros_like(rate)
-    for k in range(1, 6 * MANY):
-        more = below > total
-        if not bool(more.any()):
-            break
-        number += more
-        total += chance.mul_(rate).div_(k)
-    return number
-
-
-def standard_normal(like: Tensor, generator: Generators) -> Tensor:
-    """White noise of the shape of `like`, drawn on the CPU so that a seed means the same on every device."""
-    if generator is None:
-        return torch.randn_like(like)
-    if isinstance(generator, torch.Generator):
-        return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
-    return torch.stack([torch.randn(like.shape[1:], generator=g, device=g.device) for g in generator]).to(like)
-
-
 def _scale(images: Tensor) -> Tensor:
     """(2,): least and greatest value of images (N, C, H, W), if all have the same; else zeros."""
     least, greatest = images.amin((1, 2, 3)), images.amax((1, 2, 3))
@@ -514,54 +464,3 @@ def _scaled(images: Tensor, scale: Tensor) -> Tensor:
     least, greatest = images.amin((-3, -2, -1), keepdim=True), images.amax((-3, -2, -1), keepdim=True)
     share = (images - least) / torch.where(greatest > least, greatest - least, 1.0)
     return scale[0] + (scale[1] - scale[0]) * share
-
-
-def _count(image: Tensor) -> float:
-    """The step between an image's values where they are whole multiples of one above its least, else 0."""
-    values = image.unique().double()
-    if len(values) < 3 or len(values) > image.numel() / 2:
-        return 0.0
-    gaps = values.diff()
-    gap = gaps[gaps > 0.5 * gaps.max() / image.numel()].min()  # float32 may tell equal counts apart
-    for _ in range(3):  # sharper by all values than by two
-        counts = ((values - values[0]) / gap).round()
-        gap = (values[-1] - values[0]) / counts[-1]
-    return float(gap) if float(((values - values[0]) / gap - counts).abs().max()) < WHOLE else 0.0
-
-
-def _filter(images: Tensor, kernel: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C, H - 4, W - 4), each channel convolved with a 5×5 kernel where it fits."""
-    n, c, h, w = images.shape
-    return F.conv2d(images.reshape(n * c, 1, h, w), kernel.to(images)).reshape(n, c, h - 4, w - 4)
-
-
-def _edges(signal: Tensor) -> Tensor:
-    """Bins of signal: some by the number of pixels, where most are dark, and some by brightness."""
-    shares = torch.quantile(_thin(signal.flatten()), torch.linspace(0, 0.8, 9, device=signal.device))
-    return torch.cat([shares, torch.linspace(0, 1, 25, device=signal.device)[1:] * signal.max()]).unique()
-
-
-def _binned(signal: Tensor, *others: Tensor) -> list[Tensor]:
-    """Means of signal and others in each bin of signal that is full enough, and last its number of pixels."""
-    edges = _edges(signal)
-    bins = torch.bucketize(signal, edges[1:-1]).flatten()
-    count = torch.bincount(bins, minlength=max(1, len(edges) - 1)).double()
-    keep = count >= min(200, float(count.max()))  # of a few small images the fullest bin must do
-    means = [torch.bincount(bins, x.flatten().double(), len(count)) / count.clamp_min(1) for x in (signal, *others)]
-    return [column[keep] for column in (*means, count)]
-
-
-def _thin(values: Tensor, limit: int = 1_000_000) -> Tensor:
-    return values[:: max(1, len(values) // limit)][:limit]  # torch.quantile takes 16 M values at most
-
-
-def _affine(s: Tensor, v: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Least squares of v = a + b s with a > 0, b >= 0. A variance estimated from n squares has a variance of 2 v²/n."""
-    fitted, least = v, (1e-9 * v.max()).clamp_min(1e-60)  # relative: units may be counts or janskys
-    for _ in range(4):
-        w = count / fitted.clamp_min(least).square()
-        sm, vm = (w * s).sum() / w.sum(), (w * v).sum() / w.sum()
-        b = ((w * (s - sm) * (v - vm)).sum() / (w * (s - sm).square()).sum().clamp_min(1e-30)).clamp_min(0)
-        a = (vm - b * sm).clamp_min(least)
-        fitted = a + b * s
-    return a, b

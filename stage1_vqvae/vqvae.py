@@ -16,7 +16,8 @@ from shared.autoencoder import Autoencoder, Shape
 from shared.data.normalise import PixelTransform
 from shared.layers import GroupNorm
 from shared.registry import build
-from stage1_vqvae.noise import Generators, law_of
+from stage1_vqvae.draws import Generators
+from stage1_vqvae.noise import law_of
 from stage1_vqvae.quantizers import Quantizer
 from stage1_vqvae.regularize import Regularizer, Transformation
 

@@ -4,17 +4,10 @@ import pytest
 import scipy.stats
 import torch
 
-from stage1_vqvae.noise import (
-    HIGH_PASS,
-    MANY,
-    NoiseLaw,
-    estimate_law,
-    law_of,
-    likelihood,
-    poisson,
-    recorrupt,
-    standard_normal,
-)
+from stage1_vqvae.curve import HIGH_PASS
+from stage1_vqvae.draws import MANY, poisson, standard_normal
+from stage1_vqvae.losses import likelihood
+from stage1_vqvae.noise import NoiseLaw, estimate_law, law_of, recorrupt
 
 COUNTS = 800.0  # at the peak of a DeepLense image; its sky is 10
 SKY = 10.0
