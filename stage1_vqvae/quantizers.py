@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSP, FSQ, SimVQ, VectorQuantize
 
@@ -20,6 +21,9 @@ from shared.errors import UserError
 from shared.processes import world
 
 Quantized = tuple[Tensor, Tensor, Tensor]
+
+# It warns where a first batch has fewer vectors than there are codes. Codes that are there twice are soon revived elsewhere.
+logger.disable("vector_quantize_pytorch")
 
 
 def in_float32(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
