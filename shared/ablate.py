@@ -150,7 +150,7 @@ def run(ablation: Ablation, cells: Sequence[str], results: Results) -> list[str]
     check_count(images, ablation.data.path, ablation.evaluate.count)
     if ablation.evaluate.fit:  # images that its lens models cannot make are told now, not after the first training
         script("stage1_vqvae.evaluate", "LensShare")(None, images, ablation.evaluate.fit)
-    make_folder(results.folder)
+    make_folder(results.folder, "--output")
     plans, known = {cell: plan(ablation, cell, images) for cell in cells}, results.cells
     for cell, planned in plans.items():
         check_unchanged(results.folder, cell, known.get(cell), planned)
@@ -210,33 +210,44 @@ def check_unchanged(folder: Path, cell: str, record: Record | None, planned: Rec
             )
 
 
+def _resolved(schema: type[Stage1] | type[Stage2], tree: dict[str, Any] | None) -> dict[str, Any]:
+    """A config of a record; keys that were added since had their defaults there."""
+    with suppress(UserError):
+        return to_dict(load_config(schema, [], tree)) if tree else {}
+    return tree or {}
+
+
 def _changes(schema: type[Stage1] | type[Stage2], before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
-    """What makes these the configs of two runs, in words; keys that were added since `before` had their defaults there."""
+    """What makes these the configs of two runs, in words."""
     from shared.run import differences  # with torch, which --list and a typo need not wait for
 
-    with suppress(UserError):
-        before = before and to_dict(load_config(schema, [], before))
-    return differences(before or {}, after or {})
+    return differences(_resolved(schema, before), after or {})
 
 
 def continued(record: Record | None, planned: Record, folder: Path) -> Record:
     """The record of a cell with what still holds of it: status `begun`, or `done` or `failed` if nothing is left to do."""
     fresh: Record = {"status": "begun", **planned, "seconds": {}, "scores": {"tflop": planned["tflop"]}}
-    if record is None or record["data"] != planned["data"]:
+    if record is None or record["data"] != planned["data"] or _changes(Stage1, record["stage1"], planned["stage1"]):
         return fresh
-    first, second = (  # without a stage 2 nothing is asked of it
-        not (planned[stage] and _changes(schema, record[stage], planned[stage]))
-        for stage, schema in (("stage1", Stage1), ("stage2", Stage2))
-    )
-    if not first:
-        return fresh
-    run, scored = folder / planned["stage1"]["name"], record["evaluate"] == planned["evaluate"]
+    second = planned["stage2"]  # without one nothing is asked of it
+    # Of the same runs, but how samples are drawn may have changed, or what is measured of them.
+    sampled = second is None or _resolved(Stage2, record["stage2"]).get("sampling") == second["sampling"]
+    fitted = second is None or not planned["evaluate"]["fit"] or "fd_lens_share" in record["scores"]
+    scored = record["evaluate"] == planned["evaluate"]
+    runs = {stage: folder / planned[stage]["name"] for stage in ("stage1", "stage2") if planned[stage]}
+    same = scored and sampled and not (second and _changes(Stage2, record["stage2"], second))
     # Whoever deletes the runs of a finished cell keeps its results; of a failed one, wants to try it again.
-    if second and scored and (record["status"] == "done" or (record["status"] == "failed" and run.exists())):
+    if same and {"done": fitted, "failed": runs["stage1"].exists()}.get(record["status"]):
         return record
-    fresh["seconds"] = dict(record["seconds"])
-    if scored and (run / "model").exists():
+    first = scored and (runs["stage1"] / "model").exists()
+    if first:
         fresh["scores"] |= {key: value for key, value in record["scores"].items() if not key.startswith("fd_")}
+    redone = record["status"] != "begun"  # what was interrupted goes on, and its time with it
+    for part, seconds in record["seconds"].items():
+        what, _, number = part.partition(" stage ")
+        there = f"stage{number}" in runs and runs[f"stage{number}"].exists()
+        if there and (what == "train" or (first if number == "1" else not redone)):
+            fresh["seconds"][part] = seconds
     return fresh
 
 

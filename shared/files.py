@@ -29,14 +29,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def make_folder(folder: Path) -> None:
-    """A folder for results, made before the work whose results they are. UserError if nothing can be written there."""
+def make_folder(folder: Path, option: str = "--out") -> None:
+    """A folder for results, made before the work whose results they are. UserError, which names the option that chose it,
+    if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "permission denied")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another {option}") from error
 
 
 def require_name(out: Path) -> None:

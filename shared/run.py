@@ -1,6 +1,8 @@
 """The folder of a run, checkpoints/<name>/: config.yaml, metrics.csv, samples/*.png, last.ckpt and model/."""
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,6 @@ from shared.checkpoint import read_config, require_intact
 from shared.config import load_config, to_dict, to_yaml
 from shared.errors import UserError
 from shared.files import claimed, write_atomically
-from shared.processes import is_main_process
 
 # What may differ between a run and its continuation without making it another run.
 HARMLESS = ("output", "logger", "trainer.log_every", "trainer.checkpoint_every", "trainer.validate_every",
@@ -30,36 +31,44 @@ class Run:
         self.config = config
         self.folder = Path(config.output) / config.name
         self.last, self.model = self.folder / "last.ckpt", self.folder / "model"
+        self._saved = self.folder / "config.yaml"
         if resume == "never" and self.has_begun:
             raise UserError(f"{self.folder} holds a run: choose another name (--name), or drop --resume never")
-        self._claim()
+        with self._writable():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._same_run()
 
     @property
     def has_begun(self) -> bool:
         return self.last.exists() or self.model.exists()
 
-    def _claim(self) -> None:
-        """Write the config into the folder, unless that is of another run."""
-        saved = self.folder / "config.yaml"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.has_begun:
-                self._same_run(saved)
-            if is_main_process():
-                write_atomically(saved, to_yaml(self.config).encode())
-        except OSError as error:
-            raise UserError(f"cannot write the run's folder {self.folder}: {error.strerror or error}") from error
-
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """The run is this process's alone meanwhile. UserError if it is another's, or another made it one of another config."""
-        with claimed(self.folder / ".lock") as mine:
+        """The run is this process's alone meanwhile, and its folder has this config.
+
+        UserError if it is another's, or if another process has begun a run of another config there since this one looked.
+        """
+        with contextlib.ExitStack() as stack:
+            with self._writable():
+                mine = stack.enter_context(claimed(self.folder / ".lock"))
+                if mine:
+                    self._same_run()
+                    # Not before: the config that is there may be that of a run which another process has just begun.
+                    write_atomically(self._saved, to_yaml(self.config).encode())
             if not mine:
                 raise UserError(
                     f"another process is training {self.folder}: wait for it, stop it, or choose another name (--name)"
                 )
-            self._claim()  # again: whoever had the lock may have begun the run
             yield
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write the run's folder {self.folder}: {error.strerror or error}") from error
 
     def is_complete(self, fingerprint: dict[str, str]) -> bool:
         """Whether the model is published. UserError if it was made from something else.
@@ -87,7 +96,11 @@ class Run:
                     f"{self.folder} was trained with another {what}: choose another name (--name) or delete {self.folder}"
                 )
 
-    def _same_run(self, saved: Path) -> None:
+    def _same_run(self) -> None:
+        """UserError if a run of another config has begun in the folder."""
+        saved = self._saved
+        if not self.has_begun:
+            return
         try:
             tree = yaml.safe_load(saved.read_text())
         except (yaml.YAMLError, UnicodeDecodeError, FileNotFoundError) as error:

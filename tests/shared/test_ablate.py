@@ -107,7 +107,8 @@ def planned(**changes: Any) -> Record:
     """What a cell is, as `plan` says it, with changed keys of stage 1."""
     stage1, stage2 = ablation(cells={"plain": changes}).stages("plain")
     assert stage2 is not None
-    return {"stage1": to_dict(stage1), "stage2": to_dict(stage2), "data": "d", "evaluate": {"count": 8}, "tflop": 1.0}
+    evaluate = {"count": 8, "fit": 0}
+    return {"stage1": to_dict(stage1), "stage2": to_dict(stage2), "data": "d", "evaluate": evaluate, "tflop": 1.0}
 
 
 def record(status: str, **changes: Any) -> Record:
@@ -120,8 +121,8 @@ def test_what_is_finished_is_not_repeated_and_the_rest_goes_on(tmp_path: Path) -
     done = record("done")
     assert continued(done, planned(), tmp_path) is done  # though its runs were deleted
     assert continued(done, planned(**{"trainer.log_every": 3}), tmp_path) is done  # another log is no other training
-    again = continued(done, planned() | {"evaluate": {"count": 9}}, tmp_path)
-    assert (again["status"], again["scores"], again["seconds"]) == ("begun", {"tflop": 1.0}, done["seconds"])
+    again = continued(done, planned() | {"evaluate": {"count": 9, "fit": 0}}, tmp_path)
+    assert (again["status"], again["scores"], again["seconds"]) == ("begun", {"tflop": 1.0}, {})
     assert continued(done, planned(**{"loss.l1": 2.0}), tmp_path)["scores"] == {"tflop": 1.0}
 
     alone = planned() | {"stage2": None}  # stage 1 alone takes nothing away that stage 2 has given
@@ -132,6 +133,32 @@ def test_what_is_finished_is_not_repeated_and_the_rest_goes_on(tmp_path: Path) -
     assert "psnr_observed" not in continued(begun, planned(), tmp_path)["scores"]  # stage 1 is gone, stage 2 needs it
     (tmp_path / "plain-stage1" / "model").mkdir(parents=True)
     assert continued(begun, planned(), tmp_path)["scores"]["psnr_observed"] == 30.0
+
+
+def test_other_ways_to_sample_or_to_score_are_scored_again_and_what_is_redone_is_not_timed_twice(
+    tmp_path: Path,
+) -> None:
+    seconds = {"train stage 1": 9.0, "score stage 1": 5.0, "train stage 2": 8.0, "score stage 2": 4.0}
+    scores = {"tflop": 1.0, "psnr_observed": 30.0, "fd_excess": 1.0}
+    done = planned() | {"status": "done", "seconds": seconds, "scores": scores}
+    for stage in ("stage1", "stage2"):
+        (tmp_path / f"plain-{stage}" / "model").mkdir(parents=True)
+    assert continued(done, planned(), tmp_path) is done
+
+    sampled = planned(stage2={"sampling": {"steps": 3}})
+    fits = planned() | {"evaluate": {"count": 8, "fit": 6}}
+    older = done | {"evaluate": fits["evaluate"]}  # whose samples were not fitted
+    kept = {"train stage 1": 9.0, "score stage 1": 5.0, "train stage 2": 8.0}
+    for before, now in ((done, sampled), (older, fits)):
+        again = continued(before, now, tmp_path)
+        assert (again["status"], again["seconds"]) == ("begun", kept)
+        assert "psnr_observed" in again["scores"]
+        assert "fd_excess" not in again["scores"]
+    new = continued(done, fits, tmp_path)  # reconstructions are fitted, too
+    assert (new["seconds"], new["scores"]) == ({"train stage 1": 9.0, "train stage 2": 8.0}, {"tflop": 1.0})
+    assert continued(older | {"scores": scores | {"fd_lens_share": 1.0}}, fits, tmp_path)["status"] == "done"
+    interrupted = continued(done | {"status": "begun"}, planned(), tmp_path)
+    assert interrupted["seconds"] == seconds
 
 
 def test_a_failed_cell_stays_failed_until_its_run_is_deleted(tmp_path: Path) -> None:

@@ -217,6 +217,10 @@ def test_two_processes_do_not_train_one_run(data: Path, tmp_path: Path) -> None:
     with Run(mine).locked(), pytest.raises(UserError, match=r"another process is training .*run"):
         train(mine)
     late = Run(other)  # nothing has begun yet: neither refuses
+    with Run(mine).locked():
+        with pytest.raises(UserError, match=r"another process is training .*run"):
+            train(other)
+        assert "lr: 0.002" in (tmp_path / "run" / "config.yaml").read_text()  # and not the other's
     train(mine)
     with pytest.raises(UserError, match=r"optimizer\.lr: 0\.002 -> 0\.003"), late.locked():
         raise AssertionError("trains into the run of another config")
