@@ -23,7 +23,7 @@ from shared.errors import UserError, hint
 from shared.explain import describe
 from shared.files import claimed, make_folder, markdown, write_atomically
 from shared.quickstart import clock, script
-from shared.schema import Ablation, Stage1, Stage2
+from shared.schema import Ablation, AblationScores, Stage1, Stage2
 
 if TYPE_CHECKING:
     from shared.data.cache import LensImages
@@ -149,7 +149,7 @@ def run(ablation: Ablation, cells: Sequence[str], results: Results) -> list[str]
     images = LensImages(ablation.data.path)
     check_count(images, ablation.data.path, ablation.evaluate.count)
     if ablation.evaluate.fit:  # images that its lens models cannot make are told now, not after the first training
-        script("stage1_vqvae.evaluate", "LensShare")(None, images, ablation.evaluate.fit)
+        script("stage1_vqvae.evaluate", "LensShare")(ablation.evaluate.preset, images, ablation.evaluate.fit)
     make_folder(results.folder, "--output")
     plans, known = {cell: plan(ablation, cell, images) for cell in cells}, results.cells
     for cell, planned in plans.items():
@@ -233,7 +233,7 @@ def continued(record: Record | None, planned: Record, folder: Path) -> Record:
     # Of the same runs, but how samples are drawn may have changed, or what is measured of them.
     sampled = second is None or _resolved(Stage2, record["stage2"]).get("sampling") == second["sampling"]
     fitted = second is None or not planned["evaluate"]["fit"] or "fd_lens_share" in record["scores"]
-    scored = record["evaluate"] == planned["evaluate"]
+    scored = {**to_dict(AblationScores()), **record["evaluate"]} == planned["evaluate"]
     runs = {stage: folder / planned[stage]["name"] for stage in ("stage1", "stage2") if planned[stage]}
     same = scored and sampled and not (second and _changes(Stage2, record["stage2"], second))
     # Whoever deletes the runs of a finished cell keeps its results; of a failed one, wants to try it again.
@@ -259,6 +259,7 @@ def run_cell(ablation: Ablation, cell: str, record: Record, results: Results) ->
     models = [f"{stage.output}/{stage.name}" for stage in (stage1, stage2) if stage]
     e, device = ablation.evaluate, "cpu" if stage1.trainer.accelerator == "cpu" else "auto"
     common = ["--reference", ablation.data.path, "--device", device, *(["--count", str(e.count)] if e.count else [])]
+    common += ["--preset", e.preset] if e.preset else []
     scored = [*common, *(["--fit", str(e.fit)] if e.fit else [])]
     sampled = [*common, "--fit", str(e.fit), "--skip", "two-sample", *(["--steps", str(e.steps)] if e.steps else [])]
     parts: dict[str, Callable[[], Any]] = {

@@ -1,6 +1,6 @@
 """From nothing to scored lenses on two CPU cores: simulate, train both stages, sample, evaluate, report.
 
-    lens-ldm quickstart                              # some thirteen minutes
+    lens-ldm quickstart                              # some ten minutes
     lens-ldm quickstart --config smoke.yaml          # the same in under a minute, too small for science
 
 Every part goes on where it stopped, so the command can be interrupted and run again.

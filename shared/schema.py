@@ -763,7 +763,7 @@ class Budget(Block):
 
     steps: int | None = key(None, "optimiser steps", ge=1)
     tflop: float | None = key(
-        None, "10^12 operations, three times those of the forward passes: fair to small nets", gt=0
+        None, "10^12 operations, three times those of the autoencoder's forward passes: fair to small nets", gt=0
     )
 
     @field_validator("tflop")
@@ -775,7 +775,8 @@ class Budget(Block):
 class AblationScores(Block):
     count: int | None = key(None, "test images a side, of both stages; null: half of the test split", ge=2)
     steps: int | None = key(None, "network evaluations a sample; null: as the model of stage 2 says", ge=1)
-    fit: int = key(0, "lens fits of reconstructions and of samples, of preset deeplense; 0: none", ge=0)
+    fit: int = key(0, "lens fits of reconstructions, and of samples; 0: none", ge=0)
+    preset: str | None = key(None, "of those lens models; null: that of the simulation", min_length=1)
 
 
 Overrides = dict[str, Any]

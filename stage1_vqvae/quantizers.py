@@ -22,9 +22,6 @@ from shared.processes import world
 
 Quantized = tuple[Tensor, Tensor, Tensor]
 
-# It warns where a first batch has fewer vectors than there are codes. Codes that are there twice are soon revived elsewhere.
-logger.disable("vector_quantize_pytorch")
-
 
 def in_float32(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
     """A method of one tensor, outside autocast and in float32."""
@@ -124,6 +121,8 @@ class VQ(Quantizer):
                 "autoencoder.quantizer.kmeans_init false"
             )
         self.codes, self.heads, self.warmup_steps = codebook_size, heads, warmup_steps
+        # It warns of codes that are there twice where a first batch has fewer vectors than codes. Those are soon revived.
+        (logger.disable if threshold_ema_dead_code > 0 else logger.enable)("vector_quantize_pytorch")
         self.vq = VectorQuantize(
             dim=channels,
             codebook_size=codebook_size,

@@ -33,7 +33,9 @@ def lens_fitter(preset_name: str | None, reference: LensImages) -> tuple[LensFit
     """
     preset = preset_of(reference) if preset_name is None else Preset.load(preset_name)
     if preset is None:
-        raise UserError(f"{reference.path} was not simulated here: say which lenses to fit, as --preset deeplense")
+        raise UserError(
+            f"{reference.path} was not simulated here: name the preset of its lenses, such as deeplense, or ask for no fits"
+        )
     made = (1, preset.pixels, preset.pixels)
     if reference.image_shape != made:
         raise UserError(f"--preset {preset.name} makes images {made}, {reference.path} has {reference.image_shape}")

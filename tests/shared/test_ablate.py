@@ -107,7 +107,7 @@ def planned(**changes: Any) -> Record:
     """What a cell is, as `plan` says it, with changed keys of stage 1."""
     stage1, stage2 = ablation(cells={"plain": changes}).stages("plain")
     assert stage2 is not None
-    evaluate = {"count": 8, "fit": 0}
+    evaluate = {"count": 8, "steps": None, "fit": 0, "preset": None}
     return {"stage1": to_dict(stage1), "stage2": to_dict(stage2), "data": "d", "evaluate": evaluate, "tflop": 1.0}
 
 
@@ -121,7 +121,7 @@ def test_what_is_finished_is_not_repeated_and_the_rest_goes_on(tmp_path: Path) -
     done = record("done")
     assert continued(done, planned(), tmp_path) is done  # though its runs were deleted
     assert continued(done, planned(**{"trainer.log_every": 3}), tmp_path) is done  # another log is no other training
-    again = continued(done, planned() | {"evaluate": {"count": 9, "fit": 0}}, tmp_path)
+    again = continued(done, planned() | {"evaluate": planned()["evaluate"] | {"count": 9}}, tmp_path)
     assert (again["status"], again["scores"], again["seconds"]) == ("begun", {"tflop": 1.0}, {})
     assert continued(done, planned(**{"loss.l1": 2.0}), tmp_path)["scores"] == {"tflop": 1.0}
 
@@ -146,7 +146,7 @@ def test_other_ways_to_sample_or_to_score_are_scored_again_and_what_is_redone_is
     assert continued(done, planned(), tmp_path) is done
 
     sampled = planned(stage2={"sampling": {"steps": 3}})
-    fits = planned() | {"evaluate": {"count": 8, "fit": 6}}
+    fits = planned() | {"evaluate": planned()["evaluate"] | {"fit": 6}}
     older = done | {"evaluate": fits["evaluate"]}  # whose samples were not fitted
     kept = {"train stage 1": 9.0, "score stage 1": 5.0, "train stage 2": 8.0}
     for before, now in ((done, sampled), (older, fits)):

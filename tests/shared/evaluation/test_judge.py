@@ -84,7 +84,7 @@ def test_what_is_planted_is_said(data: LensImages) -> None:
 def test_too_little_is_refused_before_anything_is_measured(
     data: LensImages, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match=r"was not simulated here: say which lenses to fit, as --preset deeplense"):
+    with pytest.raises(UserError, match=r"was not simulated here: name the preset of its lenses"):
         judge.plan(options(fit=3), data, [Means()], 4)
     with pytest.raises(UserError, match=r"makes images \(1, 150, 150\)"):
         judge.plan(options(fit=3, preset="deeplense"), data, [Means()], 4)
