@@ -276,7 +276,9 @@ def test_a_published_model_of_other_data_is_not_taken_for_this_one(data: Path, t
 
 def test_a_truncated_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
     c = config(data, tmp_path)
-    Run(c).last.write_bytes(b"PK\x03\x04 half a file")
+    run = Run(c)
+    with run.locked():
+        run.last.write_bytes(b"PK\x03\x04 half a file")
     with pytest.raises(UserError, match=r"last\.ckpt cannot be read"):
         train(c)
 
