@@ -46,6 +46,7 @@ SILENCE = 20.0  # seconds between lines of progress where there is no terminal
 ELEMENT_STREAM = 1  # of a step's random numbers
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that ask a run to stop
 AGREE = 10  # steps between the times at which processes tell each other that one was asked to stop
+AGAIN = 1.0  # seconds within which a signal is the one before it, told twice
 
 
 class EMA(nn.Module):
@@ -349,6 +350,7 @@ class Checkpoint(Callback):
     def __init__(self, config: Any, run: Run, fingerprint: dict[str, str]) -> None:
         self.every, self.path, self.fingerprint = config.trainer.checkpoint_every, run.last, fingerprint
         self.stopped_by = 0  # the number of the signal that asks for the end
+        self.asked = 0.0  # when it came
         self.before: dict[int, Any] = {}  # the handlers that were there
 
     @contextlib.contextmanager
@@ -362,9 +364,14 @@ class Checkpoint(Callback):
                 signal.signal(number, handler)
 
     def stop(self, number: int, frame: Any) -> None:
-        self.stopped_by = number
-        if world() == 1:  # a second Ctrl-C ends it at once; torchrun hands on what its processes have heard themselves
+        now = time.monotonic()
+        # A second Ctrl-C ends it at once. What comes with the first is that one again: `uv run` and torchrun hand on what a
+        # cluster or a terminal has told the processes themselves.
+        if self.stopped_by and world() == 1 and now > self.asked + AGAIN:
             signal.signal(number, self.before[number])
+            signal.raise_signal(number)
+        if not self.stopped_by:
+            self.stopped_by, self.asked = number, now
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         # In place of Lightning's handler, with which processes talk about it in the middle of talking about gradients.

@@ -21,7 +21,7 @@ from shared.data.cache import LensImages
 from shared.errors import UserError
 from shared.run import Run
 from shared.schema import Stage1
-from shared.training import EMA, Monitor, StageModule, fit, learning_rate_scale, step_key
+from shared.training import AGAIN, EMA, Checkpoint, Monitor, StageModule, fit, learning_rate_scale, step_key
 from stage1_vqvae.module import VQVAEModule
 from stage1_vqvae.pipeline import train
 from tests.processes import Ended, run_one
@@ -150,6 +150,22 @@ def test_a_signal_saves_where_it_is_and_says_how_to_go_on(
     with open(tmp_path / "stopped" / "metrics.csv") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
     assert steps == [3, 6, 9, 12]
+
+
+def test_a_signal_told_twice_is_one_and_a_later_one_ends_it_at_once(data: Path, tmp_path: Path) -> None:
+    c = config(data, tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        checkpoint = Checkpoint(c, Run(c), {})
+        with checkpoint.listening():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # as `uv run` hands on what the whole group has got
+            assert checkpoint.stopped_by == signal.SIGINT
+            checkpoint.asked -= 2 * AGAIN
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_killed_after_the_last_step_publishes_the_same_bits(data: Path, tmp_path: Path) -> None:
