@@ -192,6 +192,8 @@ def write_histogram(dataset: LensImages, path: Path) -> None:
         of_pixels.stairs(counts / counts.sum(), edges, label=_short(name), lw=1.3)
         means[name] = np.concatenate(means_of_class)
     every = np.concatenate(list(means.values()))
+    if not np.isfinite(every).all():  # `prepare` lets none in: it was damaged since
+        raise UserError(f"{dataset.path} holds pixels that are NaN or infinite: delete the folder and prepare it again")
     fewest = min(map(len, means.values()))
     bins = np.histogram_bin_edges(every, bins=int(np.clip(2 * math.sqrt(fewest), 5, 40)))
     for name, of_class in means.items():

@@ -146,3 +146,12 @@ def test_symmetries_and_another_data_set_are_asked_for_here(tmp_path: Path, caps
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path / "a"), "--against", str(tmp_path / "nowhere")])
     assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_data_set_that_was_spoiled_since_is_one_line(tmp_path: Path) -> None:
+    dataset = write(tmp_path / "data", ramp(20, (1, 16, 16)))
+    pixels = np.lib.format.open_memmap(tmp_path / "data" / "images.npy", mode="r+")
+    pixels[3, 0, 4, 4] = np.nan
+    pixels.flush()
+    with pytest.raises(UserError, match=r"data holds pixels that are NaN or infinite: delete the folder and prepare"):
+        write_histogram(LensImages(dataset.path), tmp_path / "h.png")
